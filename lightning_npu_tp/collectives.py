@@ -1,0 +1,151 @@
+"""Differentiable collectives. The group is always an argument; a group of one communicates nothing.
+
+The two that frame every tensor-parallel region are conjugates: `copy_to_group` enters (identity
+forward, all-reduce backward) and `reduce_from_group` leaves (all-reduce forward, identity
+backward). Leaving out the first gives a right loss with wrong gradients, so the region's input goes
+through it exactly once. `exchange_rows` moves rows between expert ranks.
+
+Nothing here reads a tensor on the host: sizes come from shapes or are handed in as Python lists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_npu_tp.errors import CountMismatch
+
+
+def group_size(group: dist.ProcessGroup | None) -> int:
+    """Number of ranks of `group`; None stands for a single process."""
+    return 1 if group is None else dist.get_world_size(group)
+
+
+def group_rank(group: dist.ProcessGroup | None) -> int:
+    """This process's rank within `group`; None stands for a single process."""
+    return 0 if group is None else dist.get_rank(group)
+
+
+def all_reduce_sum(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Sum over the group into a new tensor; the input stays as it is. No gradient."""
+    total = tensor.contiguous().clone() if tensor.is_contiguous() else tensor.contiguous()
+    dist.all_reduce(total, group=group)
+    return total
+
+
+class _CopyToGroup(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, group: dist.ProcessGroup, *tensors: Tensor) -> Tensor | tuple[Tensor, ...]:
+        ctx.group = group
+        outputs = tuple(tensor.view_as(tensor) for tensor in tensors)
+        return outputs if len(outputs) > 1 else outputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        totals = [None if grad is None else all_reduce_sum(grad, ctx.group) for grad in grads]
+        return None, *totals
+
+
+def copy_to_group(*tensors: Tensor, group: dist.ProcessGroup | None) -> Any:
+    """Enter a region whose ranks each use the same `tensors` for their own part of the work.
+
+    tensors: replicated over the group, any shapes. Returns them unchanged (a tuple for several).
+    Gradient: each rank's partial gradient is summed over the group, hence complete on every rank.
+    """
+    if group_size(group) == 1:
+        return tensors if len(tensors) > 1 else tensors[0]
+    return _CopyToGroup.apply(group, *tensors)
+
+
+class _ReduceFromGroup(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+        return all_reduce_sum(tensor, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+def reduce_from_group(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Leave a region: sum the ranks' partial results.
+
+    tensor: each rank's partial sum, same shape everywhere. Returns the sum, replicated.
+    Gradient: identity, since what follows is computed alike on every rank.
+    """
+    return tensor if group_size(group) == 1 else _ReduceFromGroup.apply(tensor, group)
+
+
+class _GatherLastDim(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, sizes: Sequence[int], group: dist.ProcessGroup) -> Tensor:
+        ctx.sizes, ctx.rank = sizes, dist.get_rank(group)
+        widest = max(sizes)
+        # All-gather wants equal shapes; the padding is cut off again below.
+        padded = torch.nn.functional.pad(tensor, (0, widest - tensor.shape[-1])).contiguous()
+        parts = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(parts, padded, group=group)
+        return torch.cat([part[..., :size] for part, size in zip(parts, sizes, strict=True)], dim=-1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        start = sum(ctx.sizes[: ctx.rank])
+        return grad[..., start : start + ctx.sizes[ctx.rank]].contiguous(), None, None
+
+
+def gather_last_dim(tensor: Tensor, sizes: Sequence[int], group: dist.ProcessGroup | None) -> Tensor:
+    """Join the ranks' slices of the last dimension.
+
+    tensor: local [..., sizes[rank]]. sizes: every rank's size, zeros allowed.
+    Returns global [..., sum(sizes)], replicated.
+    Gradient: this rank's slice, since what follows is computed alike on every rank.
+    """
+    return tensor if group_size(group) == 1 else _GatherLastDim.apply(tensor, sizes, group)
+
+
+class _ExchangeRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, send_rows: list[int], recv_rows: list[int], group: dist.ProcessGroup) -> Tensor:
+        ctx.send_rows, ctx.recv_rows, ctx.group = send_rows, recv_rows, group
+        received = rows.new_empty((sum(recv_rows), *rows.shape[1:]))
+        dist.all_to_all_single(received, rows.contiguous(), recv_rows, send_rows, group=group)
+        return received
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        returned = grad.new_empty((sum(ctx.send_rows), *grad.shape[1:]))
+        dist.all_to_all_single(returned, grad.contiguous(), ctx.send_rows, ctx.recv_rows, group=ctx.group)
+        return returned, None, None, None
+
+
+def exchange_rows(
+    rows_ND: Tensor, send_rows: Sequence[int], recv_rows: Sequence[int], group: dist.ProcessGroup | None
+) -> Tensor:
+    """Send each row to the rank that owns its expert (all-to-all with uneven splits).
+
+    rows_ND:   local [N, ...], sorted by destination rank.
+    send_rows: rows per destination, host integers; sums to N, zeros allowed.
+    recv_rows: rows per source, host integers; sums to R, zeros allowed.
+    Returns local [R, ...], sorted by source rank; never aliases the input.
+    Gradient: the same exchange with the two counts swapped.
+    Raises CountMismatch before communicating, so that no peer hangs.
+    """
+    send, recv, size = list(send_rows), list(recv_rows), group_size(group)
+    if len(send) != size or len(recv) != size:
+        raise CountMismatch(
+            f"send_rows has {len(send)} and recv_rows {len(recv)} entries, but the group has {size} ranks."
+        )
+    if sum(send) != rows_ND.shape[0] or min(send) < 0 or min(recv) < 0:
+        raise CountMismatch(
+            f"send_rows={send} (sum {sum(send)}) must be non-negative and add up to the {rows_ND.shape[0]} rows "
+            f"given; recv_rows={recv}."
+        )
+    if size == 1:
+        if send != recv:
+            raise CountMismatch(f"a group of one receives what it sends, but send_rows={send}, recv_rows={recv}.")
+        return rows_ND.clone()
+    return _ExchangeRows.apply(rows_ND, send, recv, group)

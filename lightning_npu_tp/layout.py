@@ -1,0 +1,134 @@
+"""The layout of a run: how many ranks split the data, the tensors and the experts.
+
+`Layout` is validated once, before any process group exists; `Meshes` holds the device meshes built
+from it. Nothing here knows a model: whether a size divides heads or experts is the plan's question
+(`plan.py`), which can name the sizes that work.
+
+    world = data * tensor                the tensor axis is fastest, so that it stays inside a host
+    world = expert_replicas * expert     a second view of the same ranks; expert = m * tensor
+
+Source: the two-view layout is the one of Megatron-LM's expert parallelism and of FSDP2 with EP.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from lightning_npu_tp.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
+Size = int | Literal["auto"]
+
+DATA_AXIS = "data_parallel"
+TENSOR_AXIS = "tensor_parallel"
+EXPERT_REPLICA_AXIS = "expert_replica"
+EXPERT_AXIS = "expert_parallel"
+
+
+def divisors(number: int) -> list[int]:
+    """All positive divisors of `number`, ascending."""
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes of the data, tensor and expert axes; `resolve` is the way to make one."""
+
+    data: int
+    tensor: int
+    expert: int
+
+    @property
+    def world(self) -> int:
+        """Number of ranks."""
+        return self.data * self.tensor
+
+    @property
+    def expert_replicas(self) -> int:
+        """Number of ranks that hold the same experts."""
+        return self.world // self.expert
+
+    @classmethod
+    def resolve(cls, *, world: int, data: Size = "auto", tensor: Size = "auto", expert: Size = "auto") -> Layout:
+        """Turn sizes of which any may be "auto" into a layout of `world` ranks.
+
+        auto: tensor takes what data leaves, data takes what tensor leaves, both auto means that all
+        ranks are tensor-parallel; expert follows tensor.
+
+        Raises ConfigError, with the sizes that would work, for a size that is not a positive
+        integer, for `data * tensor != world` and for an expert size that is not a multiple of
+        tensor dividing the world.
+        """
+        for name, size in (("data", data), ("tensor", tensor), ("expert", expert)):
+            if size != "auto" and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
+                raise ConfigError(
+                    f"{name}_parallel_size={size!r} is neither 'auto' nor a positive integer. "
+                    f"Set strategy.{name}_parallel_size to 'auto' or a number of devices."
+                )
+        for name, size in (("data", data), ("tensor", tensor)):
+            if size != "auto" and world % size:
+                raise ConfigError(
+                    f"{name}_parallel_size={size} does not divide the {world} devices of this run. "
+                    f"Set strategy.{name}_parallel_size to one of {divisors(world)}, or change trainer.devices."
+                )
+        if tensor == "auto":
+            tensor = world if data == "auto" else world // data
+        if data == "auto":
+            data = world // tensor
+        if data * tensor != world:
+            raise ConfigError(
+                f"data_parallel_size={data} times tensor_parallel_size={tensor} is {data * tensor}, but this run has "
+                f"{world} devices. Set one of the two to 'auto', or trainer.devices to {data * tensor}."
+            )
+        if expert == "auto":
+            expert = tensor
+        if expert % tensor or world % expert:
+            works = [size for size in divisors(world) if size % tensor == 0]
+            raise ConfigError(
+                f"expert_parallel_size={expert} must be a multiple of tensor_parallel_size={tensor} and divide the "
+                f"{world} devices. Set strategy.expert_parallel_size to 'auto' or one of {works}."
+            )
+        return cls(data=data, tensor=tensor, expert=expert)
+
+
+@dataclass(frozen=True)
+class Meshes:
+    """The device meshes of one layout.
+
+    dense:  [data, tensor], for every parameter that is no expert.
+    expert: [expert_replica, expert], for stacked expert parameters.
+    """
+
+    layout: Layout
+    dense: DeviceMesh
+    expert: DeviceMesh
+
+    @classmethod
+    def build(cls, layout: Layout, device_type: str) -> Meshes:
+        """Create the meshes; the default process group must exist and have `layout.world` ranks."""
+        from torch.distributed.device_mesh import init_device_mesh
+
+        dense = init_device_mesh(device_type, (layout.data, layout.tensor), mesh_dim_names=(DATA_AXIS, TENSOR_AXIS))
+        expert = init_device_mesh(
+            device_type, (layout.expert_replicas, layout.expert), mesh_dim_names=(EXPERT_REPLICA_AXIS, EXPERT_AXIS)
+        )
+        return cls(layout=layout, dense=dense, expert=expert)
+
+    @property
+    def tensor_group(self) -> ProcessGroup:
+        """Ranks that hold the slices of one dense parameter and see the same tokens."""
+        return self.dense[TENSOR_AXIS].get_group()
+
+    @property
+    def data_group(self) -> ProcessGroup:
+        """Ranks that hold the same dense slice and see different tokens."""
+        return self.dense[DATA_AXIS].get_group()
+
+    @property
+    def expert_group(self) -> ProcessGroup:
+        """Ranks among which the experts are divided."""
+        return self.expert[EXPERT_AXIS].get_group()
