@@ -132,3 +132,53 @@ class Meshes:
     def expert_group(self) -> ProcessGroup:
         """Ranks among which the experts are divided."""
         return self.expert[EXPERT_AXIS].get_group()
+
+
+class Groups:
+    """The process groups that sharded modules look up at each use.
+
+    A trainer may destroy the process group after a fit and build another for the next, so modules
+    keep this object and not the groups. A group of one rank is None: nothing to communicate with,
+    no collective to skip. Copies of a model share it (a process group cannot be copied).
+    """
+
+    def __init__(self, meshes: Meshes | None = None) -> None:
+        self._tensor: ProcessGroup | None = None
+        self._expert: ProcessGroup | None = None
+        self._closed = False
+        self.meshes = meshes
+        if meshes is not None:
+            self.bind(meshes)
+
+    def bind(self, meshes: Meshes) -> None:
+        """Use the groups of these meshes from now on."""
+        self.meshes = meshes
+        self._tensor = meshes.tensor_group if meshes.layout.tensor > 1 else None
+        self._expert = meshes.expert_group if meshes.layout.expert > 1 else None
+        self._closed = False
+
+    def close(self) -> None:
+        """Forget the groups; called when the process group is destroyed."""
+        self._closed = self._tensor is not None or self._expert is not None
+        self._tensor = self._expert = None
+
+    def tensor(self) -> ProcessGroup | None:
+        """Group of the ranks that split dense parameters, or None for one rank."""
+        self._require_open()
+        return self._tensor
+
+    def expert(self) -> ProcessGroup | None:
+        """Group of the ranks that divide the experts, or None for one rank."""
+        self._require_open()
+        return self._expert
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise ConfigError(
+                "The sharded model was called after the trainer had destroyed its process group, so its ranks cannot "
+                "talk to each other. Call it inside a Trainer method (fit, validate, test, predict) or inside "
+                "`with trainer.strategy.process_group():` on every rank."
+            )
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Groups:
+        return self

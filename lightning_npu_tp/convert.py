@@ -1,0 +1,336 @@
+"""Turn transformers models inside any module into sharded ones, in place.
+
+For every supported model found: check the sizes, swap the modules that compute differently, match
+each parameter to its rule, and replace it by a DTensor whose local part lies on this rank's device.
+Parameters on the meta device are filled from the seed and their name (`initial.py`); parameters that
+hold weights keep them. Names stay as they were. Reading checkpoints is not done here.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from lightning_npu_tp.errors import ConfigError, ConversionError
+from lightning_npu_tp.families.family import BuildContext, ModelFamily
+from lightning_npu_tp.families.registry import FAMILIES
+from lightning_npu_tp.initial import initial_shard, stream_seed
+from lightning_npu_tp.kernels import Kernels
+from lightning_npu_tp.layers.causal_lm import ATTENTION_NAME, become
+from lightning_npu_tp.layout import EXPERT_AXIS, TENSOR_AXIS, Groups, Layout, Meshes, divisors
+from lightning_npu_tp.plan import Rule, chunk_bounds, match_plan
+
+_RECORD = "_lightning_npu_tp"
+
+
+@dataclass
+class ConversionReport:
+    """What a conversion did, for the start-up summary and for tests.
+
+    model:             name of the converted submodule ("" for the root).
+    family:            name of its family.
+    swapped:           class name -> how many modules were replaced.
+    parameters:        number of elements, all ranks together.
+    local_parameters:  number of elements on this rank.
+    local_bytes:       their bytes on this rank.
+    rules:             parameter name -> rule.
+    layout, groups:    what it was sharded for, and the groups that its modules use.
+    """
+
+    model: str
+    family: str
+    layout: Layout
+    groups: Groups
+    swapped: Counter[str] = field(default_factory=Counter)
+    parameters: int = 0
+    local_parameters: int = 0
+    local_bytes: int = 0
+    rules: dict[str, Rule] = field(default_factory=dict)
+
+
+def find_models(root: nn.Module, families: Sequence[ModelFamily]) -> Iterator[tuple[str, nn.Module, ModelFamily]]:
+    """Supported models inside `root`, outermost first; a model inside another is not listed."""
+    found: list[str] = []
+    for name, module in root.named_modules():
+        if any(name.startswith(f"{outer}." if outer else "") for outer in found):
+            continue
+        for family in families:
+            if family.matches(module):
+                found.append(name)
+                yield name, module, family
+                break
+
+
+def check_sizes(family: ModelFamily, config: object, rules: dict[str, Rule], shapes: dict, layout: Layout) -> None:
+    """Raise ConfigError, naming the sizes that work, for a layout that would cut a unit.
+
+    Heads and experts must divide; channels and vocabulary entries may split unevenly, as long as
+    every rank gets some.
+    """
+    ranks_of = {"tensor": layout.tensor, "expert": layout.expert}
+    for unit, number in family.units(config).items():
+        axis = next((rule.axis for rule in rules.values() if rule.unit == unit), None)
+        if axis is not None and number % ranks_of[axis]:
+            raise ConfigError(
+                f"{axis}_parallel_size={ranks_of[axis]} cannot split the {number} {unit}s of {family.name}. "
+                f"Set strategy.{axis}_parallel_size to one of {divisors(number)}."
+            )
+    for name, rule in rules.items():
+        if rule.dim is None:
+            continue
+        size, ranks = shapes[name][rule.dim], ranks_of[rule.axis]
+        start, stop = chunk_bounds(size, ranks - 1, ranks)
+        if start == stop:
+            works = [n for n in range(1, ranks) if chunk_bounds(size, n - 1, n)[0] < size]
+            raise ConfigError(
+                f"{rule.axis}_parallel_size={ranks} leaves a rank without any {rule.unit} of {name} (size {size}). "
+                f"Set strategy.{rule.axis}_parallel_size to one of {works}."
+            )
+
+
+def convert(
+    root: nn.Module,
+    *,
+    meshes: Meshes,
+    groups: Groups,
+    kernels: Kernels,
+    families: Sequence[ModelFamily] = (),
+    device: torch.device,
+    dtype: torch.dtype | None,
+    seed: int,
+) -> list[ConversionReport]:
+    """Convert every supported model inside `root` that is not converted yet.
+
+    families: the user's own, tried before the built-in ones.
+    dtype:    of the parameters; None keeps each parameter's own.
+    seed:     for parameters on the meta device.
+
+    Every rank calls it. Raises ConversionError and ConfigError before any module is changed.
+    """
+    reports = []
+    for name, model, family in list(find_models(root, (*families, *FAMILIES))):
+        if not hasattr(model, _RECORD):
+            reports.append(_convert_one(name, model, family, meshes, groups, kernels, device, dtype, seed))
+    return reports
+
+
+def _convert_one(
+    model_name: str,
+    model: nn.Module,
+    family: ModelFamily,
+    meshes: Meshes,
+    groups: Groups,
+    kernels: Kernels,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    seed: int,
+) -> ConversionReport:
+    config = getattr(model, "config", None)
+    family.check(config)
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    tied = _tied_names(model)
+    rules = match_plan(family.plan(config), names, family=family.name)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
+    check_sizes(family, config, rules, shapes, meshes.layout)
+    swaps = _find_swaps(model, family, config)
+    padding_rows = {
+        f"{name}.weight" if name else "weight": module.padding_idx
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None
+    }
+
+    own_config = _own_config(model, config)
+    report = ConversionReport(
+        model=model_name, family=family.name, layout=meshes.layout, groups=groups, rules=rules
+    )
+    report.swapped = _swap(swaps, family, BuildContext(groups=groups, kernels=kernels, config=own_config))
+    for path, mixin in family.mixins.items():
+        become(model.get_submodule(path), mixin)
+    left = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    assert left == set(names), f"swapping changed parameter names: {sorted(left ^ set(names))}"
+
+    std = getattr(own_config, "initializer_range", 0.02)
+    sharded: dict[str, nn.Parameter] = {}
+    for name in names:
+        first = tied.get(name, name)
+        if first not in sharded:
+            parameter = model.get_parameter(name)
+            rule, mesh = rules[name], _mesh_of(rules[name], meshes)
+            full_shape, target = shapes[name], dtype or parameter.dtype
+            if parameter.is_meta:
+                local = initial_shard(name, full_shape, rule, mesh.get_local_rank(), mesh.size(), seed=seed, std=std)
+                if name in padding_rows:
+                    start, stop = chunk_bounds(full_shape[0], mesh.get_local_rank(), mesh.size())
+                    if start <= padding_rows[name] < stop:
+                        local[padding_rows[name] - start] = 0
+                local = local.to(device=device, dtype=target)
+            else:
+                local = _shard_of_existing(parameter.detach(), rule, mesh, device, target)
+            tensor = DTensor.from_local(
+                local, mesh, (rule.placement,), run_check=False, shape=torch.Size(full_shape), stride=_strides(full_shape)
+            )
+            sharded[first] = nn.Parameter(tensor, requires_grad=parameter.requires_grad)
+            report.parameters += parameter.numel()
+            report.local_parameters += local.numel()
+            report.local_bytes += local.numel() * local.element_size()
+        _set_parameter(model, name, sharded[first])
+    object.__setattr__(model, _RECORD, report)
+    return report
+
+
+def _strides(shape: Sequence[int]) -> tuple[int, ...]:
+    return torch.empty(tuple(shape), device="meta").stride()
+
+
+def _mesh_of(rule: Rule, meshes: Meshes) -> DeviceMesh:
+    return meshes.expert[EXPERT_AXIS] if rule.axis == "expert" else meshes.dense[TENSOR_AXIS]
+
+
+def _tied_names(model: nn.Module) -> dict[str, str]:
+    """Name -> first name of the same parameter, for parameters that several modules share."""
+    first: dict[int, str] = {}
+    return {name: first.setdefault(id(p), name) for name, p in model.named_parameters(remove_duplicate=False)}
+
+
+def _own_config(model: nn.Module, config: object) -> object:
+    """Give the model a config of its own: the caller's object may serve another model too."""
+    if config is None:
+        return None
+    own = copy.deepcopy(config)
+    own._attn_implementation = ATTENTION_NAME
+    for module in model.modules():
+        if getattr(module, "config", None) is config:
+            module.config = own
+    return own
+
+
+@dataclass(frozen=True)
+class _Swap:
+    parent: nn.Module
+    child: str
+    kind: str
+
+
+def _find_swaps(model: nn.Module, family: ModelFamily, config: object) -> list[_Swap]:
+    """Modules to replace; one inside another that is replaced belongs to that one's constructor.
+
+    Raises ConversionError when their number is not what the config says: a class that was renamed
+    would otherwise keep its unsharded forward, and nobody would notice.
+    """
+    swaps: list[_Swap] = []
+
+    def visit(parent: nn.Module) -> None:
+        for name, child in parent.named_children():
+            kind = type(child).__name__
+            if kind in family.swaps:
+                swaps.append(_Swap(parent, name, kind))
+            else:
+                visit(child)
+
+    visit(model)
+    found = Counter(swap.kind for swap in swaps)
+    expected = Counter(family.expected(config)) if family.expected else Counter(dict.fromkeys(family.swaps, 1))
+    wrong = [
+        f"{found[kind]} of {kind} instead of {'at least ' if family.expected is None else ''}{number}"
+        for kind, number in expected.items()
+        if (found[kind] != number if family.expected else found[kind] < number)
+    ]
+    if wrong:
+        raise ConversionError(
+            f"{type(model).__name__} does not look like {family.name}: it has {', '.join(wrong)}. "
+            f"The installed transformers may have changed the model; 5.17 to 5.23 are supported."
+        )
+    return swaps
+
+
+def _swap(swaps: list[_Swap], family: ModelFamily, context: BuildContext) -> Counter[str]:
+    for swap in swaps:
+        child = getattr(swap.parent, swap.child)
+        replacement = family.swaps[swap.kind](child, context)
+        replacement.train(child.training)
+        swap.parent.register_module(swap.child, replacement)
+    return Counter(swap.kind for swap in swaps)
+
+
+def _shard_of_existing(
+    full: Tensor, rule: Rule, mesh: DeviceMesh, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """This rank's slice of a parameter that holds weights; rank 0's weights are everyone's.
+
+    Random initialisation without a seed differs from rank to rank, hence the broadcast.
+    """
+    full = full.to(device=device, dtype=dtype).contiguous()
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        full = full.clone()
+        dist.broadcast(full, src=0)
+    if rule.dim is None:
+        return full.clone()
+    start, stop = chunk_bounds(full.shape[rule.dim], mesh.get_local_rank(), mesh.size())
+    # A clone, so that the full tensor's memory goes.
+    return full.narrow(rule.dim, start, stop - start).clone(memory_format=torch.contiguous_format)
+
+
+def _set_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    owner, _, leaf = name.rpartition(".")
+    model.get_submodule(owner).register_parameter(leaf, parameter)
+
+
+def adopt(root: nn.Module, meshes: Meshes) -> list[Groups]:
+    """Let models that an earlier trainer call converted use the process groups of `meshes`.
+
+    Their parameters' meshes name the groups; the groups that a new process group of the same layout
+    creates have the same names and ranks. Returns what to close when the process group goes.
+    Raises ConversionError when the layout is another one.
+    """
+    adopted: list[Groups] = []
+    for name, module in root.named_modules():
+        report = conversion_of(module)
+        if report is None:
+            continue
+        if report.layout != meshes.layout:
+            raise ConversionError(
+                f"The model {name or 'root'!r} was sharded for {report.layout}, but this run has {meshes.layout}. Build "
+                f"it anew and load a checkpoint: checkpoints load into any layout."
+            )
+        report.groups.bind(meshes)
+        adopted.append(report.groups)
+    return adopted
+
+
+def conversion_of(model: nn.Module) -> ConversionReport | None:
+    """The report of the conversion that made `model` what it is, or None."""
+    return getattr(model, _RECORD, None)
+
+
+def materialize_rest(root: nn.Module, *, device: torch.device, seed: int) -> None:
+    """Give memory and initial values to what is still on the meta device after conversion.
+
+    Module by module, and only those that are wholly on meta: a module that holds loaded weights is
+    never emptied. Its own `reset_parameters` fills it, under a seed of its name, so that all ranks
+    agree. Raises ConversionError for a module that cannot fill itself.
+    """
+    for name, module in root.named_modules():
+        tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        on_meta = [tensor for tensor in tensors if tensor.is_meta]
+        if not on_meta:
+            continue
+        reset = getattr(module, "reset_parameters", None)
+        if len(on_meta) < len(tensors) or not callable(reset):
+            reason = "has no reset_parameters()" if not callable(reset) else "is only partly on the meta device"
+            raise ConversionError(
+                f"The module {name or 'root'!r} ({type(module).__name__}) is on the meta device and {reason}, so "
+                f"nothing says what its values are. Build it outside of torch.device('meta'), or give it a "
+                f"reset_parameters() method."
+            )
+        module.to_empty(device=device, recurse=False)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(stream_seed(seed, name))
+            reset()

@@ -1,0 +1,55 @@
+"""The default process group of a run: opened per trainer call, destroyed at its end, opened again.
+
+Lightning leaves the group of one fit to the next trainer, with whatever world size it had. Here each
+trainer call opens its own and destroys it. The key-value store behind it is kept per process and each
+group gets keys of its own in it, so that a rank that is already opening the next group never meets
+the remains of the last one, under torchrun's agent store as well.
+"""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.plugins.environments import ClusterEnvironment
+
+_stores: dict[tuple[str, str, int, int], dist.Store] = {}
+_generation = 0
+
+
+def open_process_group(
+    environment: ClusterEnvironment, *, backend: str, timeout: timedelta, device: torch.device
+) -> None:
+    """Make a default process group of all ranks; every rank calls it the same number of times.
+
+    backend: as torch.distributed names it, e.g. "gloo" or "cpu:gloo,npu:hccl".
+    timeout: of each collective, and of meeting the other ranks.
+    """
+    global _generation
+    rank, world = environment.global_rank(), environment.world_size()
+    _generation += 1
+    store: dist.Store = dist.HashStore()
+    if world > 1:
+        os.environ["MASTER_ADDR"] = environment.main_address
+        os.environ["MASTER_PORT"] = str(environment.main_port)
+        key = (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], rank, world)
+        if key not in _stores:
+            meeting = dist.rendezvous("env://", rank=rank, world_size=world, timeout=timeout)
+            _stores[key] = next(iter(meeting))[0]
+        store = dist.PrefixStore(f"lightning_npu_tp/{_generation}", _stores[key])
+    dist.init_process_group(
+        backend,
+        store=store,
+        rank=rank,
+        world_size=world,
+        timeout=timeout,
+        device_id=None if device.type == "cpu" else device,
+    )
+
+
+def close_process_group() -> None:
+    """Destroy the default process group if there is one."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()

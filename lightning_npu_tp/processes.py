@@ -1,0 +1,250 @@
+"""Start a process of this run, hear from it, and end it.
+
+A child is tied to its parent's life from before its first import (Linux's parent-death signal; elsewhere a
+thread that watches the parent once the child opens its channel). Its stderr passes through this process
+byte for byte while the last lines are kept, and it can report over a pipe of its own what its exit code
+cannot say: that it has raised and is still unwinding, or that it was asked to terminate. What a report
+means for the run is decided in `supervisor.py`; Lightning and Hydra are unknown here.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import selectors
+import signal
+import stat
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import psutil
+
+TAIL_LINES = 200
+# What a child may need to unwind after SIGTERM before it is killed.
+TERMINATE_SECONDS = 3.0
+
+_CHANNEL_VARIABLE = "LIGHTNING_NPU_TP_CHANNEL"
+# A separate tiny program instead of Popen's preexec_fn: no Python code runs between fork and exec of a process
+# that has threads. The signal survives exec; the check closes the gap in which the parent died before prctl.
+# 1 is PR_SET_PDEATHSIG.
+_BOOTSTRAP = """
+import ctypes, os, signal, sys
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+if os.getppid() != int(sys.argv[1]):
+    os._exit(1)
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+
+
+class ChildProcess:
+    """One process started by this one.
+
+    name: what reports call it, e.g. "rank 1".
+    events: what it said over its channel, oldest first; each a dict with "event" and "time" (time.monotonic,
+        which is one clock for all processes of a machine).
+    """
+
+    def __init__(self, name: str, command: Sequence[str], *, env: Mapping[str, str], cwd: str | None = None) -> None:
+        self.name = name
+        self.events: list[dict[str, Any]] = []
+        self.muted = False
+        self.ended_by_us = False
+        self.dead_since: float | None = None
+        self._lines: deque[str] = deque(maxlen=TAIL_LINES)
+        read_fd, write_fd = os.pipe()
+        try:
+            self.process = subprocess.Popen(
+                [sys.executable, "-I", "-S", "-c", _BOOTSTRAP, str(os.getpid()), *command],
+                env={**env, _CHANNEL_VARIABLE: f"{write_fd}:{os.getpid()}"},
+                cwd=cwd,
+                stderr=subprocess.PIPE,
+                pass_fds=(write_fd,),
+            )
+        finally:
+            os.close(write_fd)
+        assert self.process.stderr is not None
+        self._pump_thread = threading.Thread(
+            target=self._pump, args=(self.process.stderr.fileno(), read_fd), name=f"output of {name}", daemon=True
+        )
+        self._pump_thread.start()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process still runs. Once it does not, everything that it wrote has been read."""
+        if self.process.poll() is None:
+            return True
+        if self.dead_since is None:
+            self.drain()
+            self.dead_since = time.monotonic()
+        return False
+
+    @property
+    def exit_code(self) -> int | None:
+        """The exit code as a shell counts it (128 + n for signal n), None while it runs."""
+        code = self.process.poll()
+        return code if code is None or code >= 0 else 128 - code
+
+    def last(self, *kinds: str) -> dict[str, Any] | None:
+        """The latest report of one of these kinds, if any."""
+        return next((entry for entry in reversed(list(self.events)) if entry["event"] in kinds), None)
+
+    def count(self, event: str) -> int:
+        """How often the process reported this."""
+        return sum(entry["event"] == event for entry in list(self.events))
+
+    def drain(self, seconds: float = 1.0) -> None:
+        """Wait until everything that a dead process wrote has been read.
+
+        Bounded, because a grandchild may hold the pipes open for longer.
+        """
+        self._pump_thread.join(seconds)
+
+    def describe_end(self) -> str:
+        """How it ended, in words."""
+        code = self.process.poll()
+        if code is None:
+            return "is still running"
+        if code < 0:
+            return f"was killed by signal {-code} ({signal.Signals(-code).name})"
+        return f"ended with exit code {code}"
+
+    def tail(self) -> str:
+        """The last lines of its stderr."""
+        return "\n".join(list(self._lines)).rstrip()
+
+    def traceback(self) -> str:
+        """The traceback of its failure: as reported if it was, else the last one on its stderr, else ""."""
+        if raised := self.last("raised"):
+            return str(raised["traceback"]).rstrip()
+        return last_traceback(list(self._lines))
+
+    def _pump(self, stderr_fd: int, channel_fd: int) -> None:
+        partial = {stderr_fd: b"", channel_fd: b""}
+        with selectors.DefaultSelector() as selector:
+            for fd in partial:
+                selector.register(fd, selectors.EVENT_READ)
+            while selector.get_map():
+                for key, _ in selector.select():
+                    fd = key.fd
+                    if not (chunk := os.read(fd, 65536)):
+                        selector.unregister(fd)
+                    if fd == stderr_fd and chunk and not self.muted:
+                        _write_all(2, chunk)
+                    *lines, partial[fd] = (partial[fd] + chunk).split(b"\n")
+                    if not chunk and partial[fd]:
+                        lines.append(partial[fd])
+                    if fd == stderr_fd:
+                        # Of a line that a progress bar redrew, only what stood there last.
+                        shown = (line.rstrip(b"\r").split(b"\r")[-1] for line in lines)
+                        self._lines.extend(line.decode(errors="replace") for line in shown)
+                    else:
+                        self.events.extend(json.loads(line) for line in lines)
+        os.close(channel_fd)
+
+
+class Channel:
+    """The child's end of the pipe to the process that started it."""
+
+    def __init__(self, fd: int, parent: int) -> None:
+        self._fd = fd
+        self._parent = parent
+        self._lock = threading.Lock()
+        if sys.platform != "linux":
+            threading.Thread(target=self.end_with_parent, name="parent watch", daemon=True).start()
+
+    def send(self, event: str, **details: Any) -> None:
+        """Report; silently does nothing once the parent is gone."""
+        line = json.dumps({"event": event, "time": time.monotonic(), **details}) + "\n"
+        with self._lock:
+            try:
+                _write_all(self._fd, line.encode())
+            except BrokenPipeError:
+                pass
+
+    def end_with_parent(self, poll_seconds: float = 1.0) -> None:
+        """Wait until the parent has died, then end this process."""
+        while os.getppid() == self._parent:
+            time.sleep(poll_seconds)
+        os._exit(1)
+
+
+@functools.cache
+def parent_channel() -> Channel | None:
+    """The channel to the process that started this one, None if that was not a `ChildProcess`.
+
+    The variable is taken out of the environment, and checked: a program that this process starts later must not
+    write into a descriptor that means something else there.
+    """
+    fd_text, _, parent_text = os.environ.pop(_CHANNEL_VARIABLE, "").partition(":")
+    if not parent_text or int(parent_text) != os.getppid():
+        return None
+    fd = int(fd_text)
+    try:
+        is_pipe = stat.S_ISFIFO(os.fstat(fd).st_mode)
+    except OSError:
+        return None
+    os.set_inheritable(fd, False)
+    return Channel(fd, int(parent_text)) if is_pipe else None
+
+
+def end_processes(children: Iterable[ChildProcess], *, patience: float = TERMINATE_SECONDS) -> None:
+    """End processes and all that they started: SIGTERM, up to `patience` seconds, then SIGKILL; then reap them."""
+    living = [child for child in children if child.alive]
+    descendants = [process for child in living for process in _descendants(child.process.pid)]
+    for child in living:
+        child.ended_by_us = True
+        child.process.terminate()
+    deadline = time.monotonic() + patience
+    while any(child.alive for child in living) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    for child in living:
+        if child.alive:
+            child.process.kill()
+    for process in descendants:
+        _kill(process)
+    for child in living:
+        child.process.wait()
+        assert not child.alive
+
+
+def kill_descendants() -> None:
+    """Kill at once everything that this process started, e.g. the data workers of a process about to end hard."""
+    for process in _descendants(os.getpid()):
+        _kill(process)
+
+
+def last_traceback(lines: Sequence[str]) -> str:
+    """The last traceback in these lines with the exceptions that it was raised from; "" if there is none."""
+    starts = [i for i, line in enumerate(lines) if line.startswith("Traceback (most recent call last)")]
+    if not starts:
+        return ""
+    links = ("During handling of the above exception", "The above exception was the direct cause")
+    while len(starts) > 1 and any(line.startswith(links) for line in lines[starts[-2] : starts[-1]]):
+        starts.pop()
+    return "\n".join(lines[starts[-1] :]).rstrip()
+
+
+def _descendants(pid: int) -> list[psutil.Process]:
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _kill(process: psutil.Process) -> None:
+    try:
+        process.kill()
+    except psutil.NoSuchProcess:
+        pass
+
+
+def _write_all(fd: int, data: bytes) -> None:
+    while data:
+        data = data[os.write(fd, data) :]

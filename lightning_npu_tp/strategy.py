@@ -1,0 +1,461 @@
+"""The Lightning strategy: process group, meshes, conversion, precision, clipping, checkpoints, teardown.
+
+A thin layer that calls the parts at the right moment of a trainer's life. It derives from
+ParallelStrategy and not from Lightning's ModelParallelStrategy: the connector refuses 64-true and
+16-mixed for instances of that class before a subclass is asked, and most of its methods would be
+overridden (its mesh has no expert axis, its reductions count every tensor rank, it wipes loaded
+weights). What is kept is its contract: `device_mesh`, the sampler arguments, the checkpoint layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.plugins import ClusterEnvironment
+from lightning.fabric.utilities.optimizer import _optimizers_to_device
+from lightning.fabric.utilities.seed import reset_seed
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
+from lightning_utilities.core.rank_zero import rank_zero_only as utils_rank_zero_only
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from lightning_npu_tp import kernels as kernel_choice
+from lightning_npu_tp.checkpoint import training_state
+from lightning_npu_tp.collectives import group_size
+from lightning_npu_tp.convert import ConversionReport, adopt, convert, materialize_rest
+from lightning_npu_tp.device import backend_for
+from lightning_npu_tp.errors import CheckpointError, ConfigError, ConversionError
+from lightning_npu_tp.families.family import ModelFamily
+from lightning_npu_tp.families.registry import supported
+from lightning_npu_tp.hccl.env import HcclSettings
+from lightning_npu_tp.launcher import ProcessLauncher, check_world
+from lightning_npu_tp.layout import Groups, Layout, Meshes, Size
+from lightning_npu_tp.precision import precision_dtype, rebuild_precision
+from lightning_npu_tp.process_group import close_process_group, open_process_group
+from lightning_npu_tp.reduction import DataSync, reduce_over_data
+
+UserConversion = Callable[[LightningModule, Meshes], None]
+
+
+class NPUTensorParallelStrategy(ParallelStrategy):
+    """Shards transformers models found in any LightningModule over tensor and expert ranks.
+
+    Works on npu, cuda and cpu: `Trainer(accelerator="cpu", devices=2, strategy="npu_tp")` or with an
+    instance. A model may come from the meta device, from random initialisation or from_pretrained;
+    weights that exist are kept.
+
+    Args:
+        accelerator: optional; then leave `Trainer(accelerator=…)` at "auto".
+        data_parallel_size, tensor_parallel_size, expert_parallel_size: "auto" or a number. auto: all
+            devices tensor-parallel, experts as many as tensor ranks.
+        convert: `convert(lightning_module, meshes)`, instead of the built-in conversion, for a
+            module of your own; it gives parameters their shards in place.
+        families: ModelFamily records of your own, tried before the built-in ones.
+        kernels: overrides of the kernels chosen for the device, e.g. {"grouped_matmul": "reference"}.
+        timeout_s: seconds until a collective, or the meeting of the ranks, gives up.
+        hccl: settings applied to the environment before the process group exists.
+        save_distributed_checkpoint: a folder of shards (True) or one gathered file (False).
+        checkpoint_weights_only: passed on when the trainer says nothing; False trusts the file.
+        init_seed: of the weights of parameters on the meta device; None takes torch's initial seed.
+        cluster_environment, process_group_backend: as in Lightning's other strategies.
+    """
+
+    strategy_name = "npu_tp"
+    # The accelerator connector asks for it: samplers are then made distributed.
+    is_distributed = True
+
+    def __init__(
+        self,
+        accelerator: Accelerator | None = None,
+        data_parallel_size: Size = "auto",
+        tensor_parallel_size: Size = "auto",
+        expert_parallel_size: Size = "auto",
+        convert: UserConversion | None = None,
+        families: Sequence[ModelFamily] = (),
+        kernels: Mapping[str, str] | None = None,
+        timeout_s: float = 7200.0,
+        hccl: HcclSettings | None = None,
+        save_distributed_checkpoint: bool = True,
+        checkpoint_weights_only: bool | None = None,
+        init_seed: int | None = None,
+        cluster_environment: ClusterEnvironment | None = None,
+        process_group_backend: str | None = None,
+        precision_plugin: Precision | None = None,
+    ) -> None:
+        super().__init__(
+            accelerator=accelerator, cluster_environment=cluster_environment, precision_plugin=precision_plugin
+        )
+        if not timeout_s > 0:
+            raise ConfigError(f"timeout_s={timeout_s} is not a positive number of seconds. Set strategy.timeout_s.")
+        self._sizes = {"data": data_parallel_size, "tensor": tensor_parallel_size, "expert": expert_parallel_size}
+        self._convert = convert
+        self._families = tuple(families)
+        self._kernel_overrides = dict(kernels or {})
+        self._timeout = timedelta(seconds=timeout_s)
+        self._hccl = hccl
+        self._full_checkpoints = not save_distributed_checkpoint
+        self._weights_only = checkpoint_weights_only
+        self._init_seed = init_seed
+        self._backend = process_group_backend
+        self._groups = Groups()
+        self._adopted: list[Groups] = []
+        self._layout: Layout | None = None
+        self.num_nodes = 1
+        self.reports: list[ConversionReport] = []
+
+    # --- what the connector asks while the Trainer is built -----------------------------------
+
+    @property
+    def num_processes(self) -> int:
+        """Processes on this host."""
+        return len(self.parallel_devices) if self.parallel_devices is not None else 0
+
+    @property
+    def root_device(self) -> torch.device:
+        """This rank's device."""
+        assert self.parallel_devices is not None
+        return self.parallel_devices[self.local_rank]
+
+    @property
+    def precision_plugin(self) -> Precision:
+        """The precision plugin, made for this run's device type."""
+        return super().precision_plugin
+
+    @precision_plugin.setter
+    def precision_plugin(self, plugin: Precision | None) -> None:
+        # The connector builds mixed precision for "cuda" whatever an outside accelerator is; its
+        # autocast would then do nothing. The devices are not known yet when __init__ comes here.
+        devices = getattr(self, "_parallel_devices", None)
+        if plugin is not None and devices:
+            plugin = rebuild_precision(plugin, devices[0].type)
+        self._precision_plugin = plugin
+
+    def _configure_launcher(self) -> None:
+        assert self.cluster_environment is not None
+        # The devices came after the precision plugin.
+        self.precision_plugin = self._precision_plugin
+        self._resolve_layout()
+        if self.cluster_environment.creates_processes_externally:
+            check_world(self.cluster_environment, self.num_processes, self.num_nodes)
+        else:
+            self._launcher = ProcessLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
+
+    def set_world_ranks(self) -> None:
+        """Tell the cluster environment and the logging helpers which rank this is."""
+        assert self.cluster_environment is not None
+        self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
+        self.cluster_environment.set_world_size(self.num_nodes * self.num_processes)
+        rank_zero_only.rank = utils_rank_zero_only.rank = self.global_rank
+
+    def _resolve_layout(self) -> Layout:
+        layout = Layout.resolve(world=self.num_nodes * self.num_processes, **self._sizes)
+        if layout.data > 1 or layout.expert != layout.tensor:
+            raise ConfigError(
+                f"data_parallel_size={layout.data}, tensor_parallel_size={layout.tensor}, expert_parallel_size="
+                f"{layout.expert}: this version runs layouts with one data rank and as many expert as tensor ranks. "
+                f"Set strategy.data_parallel_size=1, strategy.tensor_parallel_size={layout.world} and "
+                f"strategy.expert_parallel_size=auto."
+            )
+        self._layout = layout
+        return layout
+
+    @property
+    def layout(self) -> Layout:
+        """Sizes of this run's axes."""
+        return self._layout or self._resolve_layout()
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, int]:
+        """Ranks of one data rank see the same batches."""
+        return {"num_replicas": self.layout.data, "rank": self.global_rank // self.layout.tensor}
+
+    # --- process group -------------------------------------------------------------------------
+
+    @property
+    def meshes(self) -> Meshes:
+        """The device meshes; they exist from `setup_environment` to `teardown`."""
+        if self._groups.meshes is None or not dist.is_initialized():
+            raise ConfigError("The device meshes exist only while a Trainer method runs, after its setup_environment.")
+        return self._groups.meshes
+
+    @property
+    def groups(self) -> Groups:
+        """The process groups that the converted modules use."""
+        return self._groups
+
+    def setup_environment(self) -> None:
+        """Bind the device, meet the other ranks, build the meshes."""
+        super().setup_environment()
+        reset_seed()
+        self.set_world_ranks()
+        self._open()
+        if self.lightning_module is not None:
+            self.lightning_module._device_mesh = self.meshes.dense
+
+    def _open(self) -> None:
+        close_process_group()
+        if self._hccl is not None and self.root_device.type == "npu":
+            self._hccl.apply()
+        backend = self._backend or backend_for(self.root_device.type)
+        assert self.cluster_environment is not None
+        open_process_group(
+            self.cluster_environment, backend=backend, timeout=self._timeout, device=self.root_device
+        )
+        meshes = Meshes.build(self.layout, self.root_device.type)
+        for groups in (self._groups, *self._adopted):
+            groups.bind(meshes)
+
+    @contextmanager
+    def process_group(self) -> Iterator[None]:
+        """Have the process group outside of a Trainer method; every rank enters it.
+
+        After a fit the ranks have parted; inside this context a sharded model can be called, and
+        checkpoints written.
+        """
+        if dist.is_initialized():
+            yield
+            return
+        self._open()
+        try:
+            yield
+        finally:
+            self._close()
+
+    def _close(self) -> None:
+        for groups in (self._groups, *self._adopted):
+            groups.close()
+        close_process_group()
+
+    # --- setup and teardown --------------------------------------------------------------------
+
+    def setup(self, trainer: Trainer) -> None:
+        """Convert and shard what the module holds, then build the optimizers."""
+        assert self.model is not None and self.accelerator is not None and self.lightning_module is not None
+        self.accelerator.setup(trainer)
+        self._refuse_other_sharding(trainer)
+        module = self.lightning_module
+        self._adopted = adopt(module, self.meshes)
+        self._convert_models(module)
+        plain = self._share_plain_tensors(module)
+        for metric in _metrics(module):
+            if metric.dist_sync_fn is None:
+                metric.dist_sync_fn = DataSync(self._groups)
+        self.model = self.precision_plugin.convert_module(self.model)
+        self.model_to_device()
+        self.barrier("setup")
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._reset_optimizers_and_schedulers()
+            self.setup_optimizers(trainer)
+            _check_optimizers(self.optimizers, plain)
+        self.setup_precision_plugin()
+        if trainer.state.fn == TrainerFn.FITTING:
+            _optimizers_to_device(self.optimizers, self.root_device)
+
+    def _refuse_other_sharding(self, trainer: Trainer) -> None:
+        from torch.distributed.fsdp import FullyShardedDataParallel
+
+        for name, module in self.lightning_module.named_modules():
+            if isinstance(module, FullyShardedDataParallel):
+                raise ConversionError(
+                    f"The module {name!r} is wrapped in FullyShardedDataParallel (FSDP1), which cannot be combined "
+                    f"with tensor parallelism. Leave it unwrapped: this strategy shards it."
+                )
+
+    def _convert_models(self, module: LightningModule) -> None:
+        seed = torch.initial_seed() if self._init_seed is None else self._init_seed
+        if self._convert is not None:
+            if not any(isinstance(parameter, DTensor) for parameter in module.parameters()):
+                self._convert(module, self.meshes)
+        else:
+            found = convert(
+                module,
+                meshes=self.meshes,
+                groups=self._groups,
+                kernels=kernel_choice.select(self.root_device.type, self._kernel_overrides),
+                families=self._families,
+                device=self.root_device,
+                dtype=precision_dtype(self.precision_plugin),
+                seed=self.broadcast(seed),
+            )
+            self.reports += found
+        if not any(isinstance(parameter, DTensor) for parameter in module.parameters()):
+            names = [*(family.name for family in self._families), *supported()]
+            inside = sorted({type(child).__name__ for child in module.children()}) or ["nothing"]
+            raise ConversionError(
+                f"{type(module).__name__} holds no model that can be sharded (it has {', '.join(inside)}). Supported "
+                f"model types: {', '.join(names)}. For a model of your own pass a ModelFamily in families=, or a "
+                f"function in convert=, to NPUTensorParallelStrategy."
+            )
+        materialize_rest(module, device=self.root_device, seed=seed)
+
+    def _share_plain_tensors(self, module: nn.Module) -> list[nn.Parameter]:
+        """Give every rank rank 0's values of what is not sharded; returns those parameters."""
+        plain = [parameter for parameter in module.parameters() if not isinstance(parameter, DTensor)]
+        if self.world_size > 1:
+            for tensor in [*plain, *(b for b in module.buffers() if not isinstance(b, DTensor))]:
+                shared = tensor.detach().to(self.root_device, copy=True)
+                dist.broadcast(shared, src=0)
+                tensor.detach().copy_(shared)
+        return plain
+
+    def model_to_device(self) -> None:
+        """Move what is not on the device yet."""
+        assert self.model is not None
+        self.model.to(self.root_device)
+
+    @contextmanager
+    def tensor_init_context(self, empty_init: bool | None = None) -> Generator[None, None, None]:
+        """Weights made inside `configure_model` stay on the CPU, or on meta when asked for."""
+        with torch.device("meta") if empty_init else nullcontext(), self.precision_plugin.tensor_init_context():
+            yield
+
+    def teardown(self) -> None:
+        """Give back device memory and destroy the process group."""
+        try:
+            super().teardown()
+        finally:
+            self._close()
+
+    # --- talking to the other ranks ------------------------------------------------------------
+
+    def barrier(self, name: str | None = None) -> None:
+        """Wait for every rank."""
+        if not dist.is_initialized():
+            return
+        if self.root_device.type == "cpu":
+            dist.barrier()
+        else:
+            dist.barrier(device_ids=[self.root_device.index])
+
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        """Rank `src`'s picklable object, on every rank."""
+        if not dist.is_initialized() or self.world_size == 1:
+            return obj
+        box = [obj]
+        dist.broadcast_object_list(box, src)
+        return box[0]
+
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        """Combine one value per data rank; tensor ranks saw the same samples and count once."""
+        if not isinstance(tensor, Tensor) or not dist.is_initialized():
+            return tensor
+        return reduce_over_data(tensor, self.layout, self.meshes.data_group if group is None else group, reduce_op)
+
+    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
+        """One value per data rank: [data, ...]."""
+        if not dist.is_initialized():
+            return tensor
+        group = self.meshes.data_group if group is None else group
+        if group_size(group) == 1:
+            return tensor.unsqueeze(0) if sync_grads else tensor.detach().unsqueeze(0)
+        return super().all_gather(tensor, group=group, sync_grads=sync_grads)
+
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:  # noqa: A002
+        """Whether all (or any) of the ranks decided so."""
+        if not dist.is_initialized() or self.world_size == 1:
+            return decision
+        flag = torch.tensor(int(decision), device=self.root_device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MIN if all else dist.ReduceOp.MAX)
+        return bool(flag.item())
+
+    # --- checkpoints -----------------------------------------------------------------------------
+
+    @property
+    def restore_checkpoint_after_setup(self) -> bool:
+        """The shards exist after setup."""
+        return True
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        """`load_checkpoint` has done it."""
+        return False
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Shards, or everything on rank 0."""
+        with self.process_group():
+            return training_state.model_state(self.lightning_module, full=self._full_checkpoints)
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """State by parameter name, shards, or everything on rank 0."""
+        if isinstance(optimizer, LightningOptimizer):
+            optimizer = optimizer._optimizer
+        with self.process_group():
+            return training_state.optimizer_state(self.lightning_module, optimizer, full=self._full_checkpoints)
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Write the trainer's state; every rank calls it."""
+        if storage_options is not None:
+            raise CheckpointError(
+                "storage_options is not supported: checkpoints are written by torch.distributed.checkpoint and not by "
+                "a CheckpointIO. Leave it out."
+            )
+        with self.process_group():
+            path = Path(self.broadcast(filepath))
+            if not self._full_checkpoints:
+                training_state.save_sharded(checkpoint, path, is_main=self.is_global_zero)
+            elif self.is_global_zero:
+                training_state.save_full(checkpoint, path)
+            self.barrier("save_checkpoint")
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Load weights and, while fitting, optimizer states; returns the rest."""
+        path = Path(self.broadcast(checkpoint_path))
+        return training_state.load(
+            path,
+            self.lightning_module,
+            self.optimizers,
+            strict=self.lightning_module.strict_loading,
+            # Lightning drops fit(weights_only=…) on this path, so the strategy has a setting of its own.
+            weights_only=self._weights_only if weights_only is None else weights_only,
+        )
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Done by `load_checkpoint`."""
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Done by `load_checkpoint`."""
+
+    def remove_checkpoint(self, filepath: Any) -> None:
+        """Delete a checkpoint; rank 0 does it."""
+        if self.is_global_zero:
+            self.checkpoint_io.remove_checkpoint(filepath)
+
+def _metrics(module: nn.Module) -> Iterator[Any]:
+    from torchmetrics import Metric
+
+    return (child for child in module.modules() if isinstance(child, Metric))
+
+
+def _check_optimizers(optimizers: Sequence[Optimizer], plain: Sequence[nn.Parameter]) -> None:
+    """Keep torch's fused and for-each optimizers from meeting DTensors and plain tensors together."""
+    ids = {id(parameter) for parameter in plain}
+    for optimizer in optimizers:
+        for number, group in enumerate(optimizer.param_groups):
+            kinds = {id(parameter) in ids for parameter in group["params"]}
+            if len(kinds) < 2:
+                continue
+            for option in ("fused", "foreach"):
+                if group.get(option):
+                    raise ConfigError(
+                        f"{option}=True in parameter group {number} of {type(optimizer).__name__} cannot update sharded "
+                        f"and unsharded parameters together. Put the parameters of your own layers into a parameter "
+                        f"group of their own, or leave {option} unset."
+                    )
+            if "foreach" in group:
+                group["foreach"] = False
+
+
+__all__ = ["NPUTensorParallelStrategy", "rank_zero_info"]

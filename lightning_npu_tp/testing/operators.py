@@ -1,0 +1,157 @@
+"""Count what stalls an accelerator: reads of a tensor on the host, and shapes that depend on values.
+
+Both are invisible on a CPU and dear on a card: the first makes the host wait for the device, the
+second does too and recompiles besides. `CountOperators` watches everything that runs inside it,
+backward included, and says which line of Python asked. It sees what is dispatched: what a kernel
+does within itself stays the kernel's business.
+"""
+
+from __future__ import annotations
+
+import linecache
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+HOST_SYNC: Literal["host sync"] = "host sync"
+DYNAMIC_SHAPE: Literal["dynamic shape"] = "dynamic shape"
+
+# Names without overload. `.item()`, bool(), int(), float() and `if tensor:` end in the first.
+_HOST_SYNCS = {
+    "aten::_local_scalar_dense",
+    "aten::is_nonzero",
+    "aten::equal",
+    "aten::allclose",
+    "aten::_linalg_check_errors",
+}
+_DYNAMIC_SHAPES = {
+    "aten::nonzero",
+    "aten::nonzero_numpy",
+    "aten::argwhere",
+    "aten::masked_select",
+    "aten::_unique",
+    "aten::_unique2",
+    "aten::unique_dim",
+    "aten::unique_consecutive",
+    "aten::unique_dim_consecutive",
+    "aten::bincount",
+}
+_INDEXING = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_", "aten::_unsafe_index"}
+# These read memory without dispatching anything, so they are caught where Python calls them.
+_PYTHON_HOST_SYNCS = {
+    Tensor.tolist: "Tensor.tolist",
+    Tensor.numpy: "Tensor.numpy",
+    Tensor.__array__: "Tensor.__array__",
+    Tensor.cpu: "Tensor.cpu",
+}
+_TORCH_FOLDER = str(Path(torch.__file__).parent)
+
+
+@dataclass(frozen=True)
+class Sighting:
+    """One call that stalls: its kind, the operator, and `file:line in function: source` of the caller."""
+
+    kind: Literal["host sync", "dynamic shape"]
+    operator: str
+    where: str
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.operator} at {self.where}"
+
+
+class CountOperators(TorchDispatchMode):
+    """While inside, count every operator and keep a `Sighting` of each that stalls.
+
+    counts:    calls by operator name, such as "aten::mm".
+    sightings: in the order of the calls.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+        self.sightings: list[Sighting] = []
+        self._python_calls = _PythonCalls(self)
+
+    def __enter__(self) -> CountOperators:
+        self._python_calls.__enter__()
+        super().__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        super().__exit__(kind, error, trace)
+        self._python_calls.__exit__(kind, error, trace)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = func._schema.name
+        self.counts[name] += 1
+        kind = _kind(name, func._overloadname, args, kwargs)
+        if kind is not None:
+            self.record(kind, name)
+        return func(*args, **kwargs)
+
+    def record(self, kind: Literal["host sync", "dynamic shape"], operator: str) -> None:
+        """Keep a sighting of `operator`, called by the innermost Python line outside torch."""
+        self.sightings.append(Sighting(kind, operator, _caller()))
+
+    def found(self, *, exclude: Sequence[str] = ()) -> list[Sighting]:
+        """The sightings, except those whose `where` contains one of the texts in `exclude`."""
+        return [sighting for sighting in self.sightings if not any(text in sighting.where for text in exclude)]
+
+
+class _PythonCalls(TorchFunctionMode):
+    def __init__(self, counter: CountOperators) -> None:
+        super().__init__()
+        self.counter = counter
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = _PYTHON_HOST_SYNCS.get(func)
+        # A device that is another tensor's, `x.to(y.device)`, is no request for the host.
+        if func is Tensor.to and "cpu" in (*(arg for arg in args[1:] if isinstance(arg, str)), kwargs.get("device")):
+            name = "Tensor.to('cpu')"
+        if name is not None:
+            self.counter.record(HOST_SYNC, name)
+        return func(*args, **kwargs)
+
+
+def _kind(
+    name: str, overload: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Literal["host sync", "dynamic shape"] | None:
+    if name in _HOST_SYNCS:
+        return HOST_SYNC
+    if name in _DYNAMIC_SHAPES:
+        return DYNAMIC_SHAPE
+    if name == "aten::repeat_interleave" and overload == "Tensor" and kwargs.get("output_size") is None:
+        return DYNAMIC_SHAPE
+    if name in _INDEXING and any(
+        index is not None and index.dtype in (torch.bool, torch.uint8) for index in (args[1] or ())
+    ):
+        return DYNAMIC_SHAPE
+    return None
+
+
+def _caller() -> str:
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if file != __file__ and not file.startswith(_TORCH_FOLDER):
+            line = linecache.getline(file, frame.f_lineno).strip()
+            return f"{file}:{frame.f_lineno} in {frame.f_code.co_name}: {line}"
+        frame = frame.f_back
+    return "no Python line"

@@ -1,0 +1,159 @@
+"""Loggers that write into the run folder: metrics.csv itself, and TensorBoard where it is installed.
+
+`CSVMetrics` is not Lightning's CSVLogger because that one deletes an existing file, and empties it to
+add a column: a full disk at that moment loses every row. Here rows that cannot be written stay in
+memory and are tried again.
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import io
+import logging
+import os
+from argparse import Namespace
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from lightning_npu_tp.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+
+class CSVMetrics(Logger):
+    """One row per logging call, one column per metric, in the file `path`; rank 0 writes.
+
+    flush_every_n_rows: rows kept in memory between writes.
+
+    Never raises for a full disk: it logs an error that names path and cause, and tries again later.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], flush_every_n_rows: int = 50) -> None:
+        super().__init__()
+        self.path = Path(path)
+        self._flush_every_n_rows = flush_every_n_rows
+        self._rows: list[dict[str, Any]] = []
+        self._columns: list[str] | None = None
+        self._failed = False
+
+    @property
+    def name(self) -> str:
+        """Part of no path: the file is named in full."""
+        return ""
+
+    @property
+    def version(self) -> str:
+        """Part of no path: the file is named in full."""
+        return ""
+
+    @property
+    def log_dir(self) -> str:
+        """The folder of the file, for callbacks that ask the trainer where to write."""
+        return str(self.path.parent)
+
+    @rank_zero_only
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+        """Not kept here: the run folder has the whole config."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """metrics: name -> number; step: optimizer step."""
+        self._rows.append({"step": step, **metrics})
+        if len(self._rows) >= self._flush_every_n_rows:
+            self.save()
+
+    @rank_zero_only
+    def save(self) -> None:
+        """Write the rows that are still in memory."""
+        if not self._rows:
+            return
+        try:
+            self._write()
+        except OSError as error:
+            if not self._failed:
+                log.error(
+                    f"{self.path} cannot be written: {error.strerror}. Its rows ({len(self._rows)} so far) stay in "
+                    f"memory and are tried again; free some space. Training goes on."
+                )
+            self._failed = True
+        else:
+            self._failed = False
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Write what is left at the end of a trainer call."""
+        self._failed = False
+        self.save()
+
+    def _write(self) -> None:
+        if self._columns is None:
+            self._columns = self._columns_on_disk()
+        missing = [name for row in self._rows for name in row if name not in self._columns]
+        if missing:
+            self._rewrite([*self._columns, *dict.fromkeys(missing)])
+        else:
+            self._append()
+        self._rows = []
+
+    def _columns_on_disk(self) -> list[str]:
+        if not self.path.exists():
+            return []
+        with self.path.open(newline="", encoding="utf-8") as file:
+            return next(csv.reader(file), [])
+
+    def _append(self) -> None:
+        size = self.path.stat().st_size
+        try:
+            with self.path.open("a", newline="", encoding="utf-8") as file:
+                file.write(_as_csv(self._columns or [], self._rows, header=False))
+        except OSError:
+            # Half a row would make the file unreadable.
+            os.truncate(self.path, size)
+            raise
+
+    def _rewrite(self, columns: list[str]) -> None:
+        """New columns: a new file beside the old one, which it replaces only when it is whole."""
+        old: list[dict[str, Any]] = []
+        if self.path.exists():
+            with self.path.open(newline="", encoding="utf-8") as file:
+                old = list(csv.DictReader(file))
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        fresh = self.path.with_name(f".{self.path.name}.new")
+        try:
+            fresh.write_text(_as_csv(columns, [*old, *self._rows], header=True), encoding="utf-8", newline="")
+            fresh.replace(self.path)
+        except OSError:
+            fresh.unlink(missing_ok=True)
+            raise
+        self._columns = columns
+
+
+def _as_csv(columns: list[str], rows: list[dict[str, Any]], *, header: bool) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=columns, lineterminator="\n")
+    if header:
+        writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def tensorboard(folder: str | os.PathLike[str], required: bool = True) -> Logger | None:
+    """A TensorBoard logger that writes its events into `folder`, or None.
+
+    required: whether a missing tensorboard package is an error; otherwise the run goes without.
+    """
+    if importlib.util.find_spec("tensorboard") is None:
+        if required:
+            raise ConfigError(
+                "logger.tensorboard needs the package tensorboard, which is not installed. "
+                "Run `pip install 'lightning-npu-tp[tracking]'`, or set logger=csv."
+            )
+        return None
+    from lightning.pytorch.loggers import TensorBoardLogger
+
+    return TensorBoardLogger(save_dir=folder, name="", version="", default_hp_metric=False)

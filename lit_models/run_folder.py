@@ -1,0 +1,163 @@
+"""The run folder: a new one for every run, never written over, with errors that say what to free.
+
+A run's folder belongs to one run. `GuardRunFolder` sees to that before Hydra writes its first file,
+`claim` again for whoever calls `train()` without Hydra's command line, and `explain_write_errors`
+turns a full disk in the middle of a run into a sentence. Where the folder lies is the config's part.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf, read_write
+
+from lightning_npu_tp.errors import ConfigError, LightningNPUTPError
+
+CONFIG_FILE = "config.yaml"
+# What a finished, broken or running run leaves in its folder.
+_SIGNS_OF_A_RUN = (CONFIG_FILE, ".hydra", "metrics.csv", "checkpoints", "multirun.yaml")
+_PROBE_BYTES = 1 << 20
+_REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)
+
+
+class RunFolderError(LightningNPUTPError, OSError):
+    """The run folder cannot be written: a full disk, a quota, permissions."""
+
+
+def register_resolvers() -> None:
+    """Make `${run_stamp:}` known to OmegaConf: one name per run, alike on all ranks of a machine."""
+    OmegaConf.register_new_resolver("run_stamp", run_stamp, use_cache=True, replace=True)
+
+
+def run_stamp() -> str:
+    """Date and time with microseconds; under torchrun those of torchrun's start, which its ranks share."""
+    moment = datetime.now()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        import psutil
+
+        moment = datetime.fromtimestamp(psutil.Process(os.getppid()).create_time())
+    return moment.strftime("%Y-%m-%d_%H-%M-%S-%f")
+
+
+def is_follower() -> bool:
+    """Whether this process is a rank that shares rank 0's run folder instead of making one."""
+    return os.environ.get("LOCAL_RANK", "0") != "0" or os.environ.get("RANK", "0") != "0"
+
+
+def refuse_existing(folder: Path) -> None:
+    """Raise ConfigError if `folder` holds a run already."""
+    found = [name for name in _SIGNS_OF_A_RUN if (folder / name).exists()]
+    if found:
+        raise ConfigError(
+            f"The run folder {folder} already holds a run ({', '.join(found)}), and a run is never overwritten. Choose "
+            f"another with hydra.run.dir=…, or leave hydra.run.dir out for a new one."
+        )
+
+
+def check_writable(folder: Path, needed_bytes: int = _PROBE_BYTES) -> None:
+    """Make the folder and try to write a megabyte into it.
+
+    Raises RunFolderError that names the folder, what is free and what is needed.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(b"\0" * _PROBE_BYTES)
+            probe.flush()
+            os.fsync(probe.fileno())
+    except OSError as error:
+        raise RunFolderError(_explanation(folder, folder, error, needed_bytes)) from error
+    free = shutil.disk_usage(folder).free
+    if free < needed_bytes:
+        error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        raise RunFolderError(_explanation(folder, folder, error, needed_bytes))
+
+
+def claim(folder: Path, config: DictConfig) -> None:
+    """Write the resolved config as the folder's first file of this run; a second claim is a ConfigError."""
+    check_writable(folder)
+    text = OmegaConf.to_yaml(config, resolve=True)
+    try:
+        # "x" and not a test before: of two runs that start at once only one gets the folder.
+        with (folder / CONFIG_FILE).open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        refuse_existing(folder)
+
+
+@contextmanager
+def explain_write_errors(folder: Path) -> Iterator[None]:
+    """Around a run: a file of the run folder that cannot be written becomes a RunFolderError."""
+    try:
+        yield
+    except LightningNPUTPError:
+        raise
+    except Exception as error:
+        cause = _write_error(error, folder)
+        if cause is None:
+            raise
+        path = Path(cause.filename) if isinstance(cause.filename, str) else folder
+        raise RunFolderError(_explanation(folder, path, cause)) from error
+
+
+def _write_error(error: BaseException | None, folder: Path) -> OSError | None:
+    """The refused write behind an exception, if it concerns the folder."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _REFUSALS:
+            name = error.filename
+            if name is None or (isinstance(name, str) and Path(name).absolute().is_relative_to(folder.absolute())):
+                return error
+        # torch's own file writer says no more than that a write failed.
+        if isinstance(error, RuntimeError) and "PytorchStreamWriter" in str(error):
+            return OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)} (torch: {str(error).splitlines()[0]})")
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _explanation(folder: Path, path: Path, error: OSError, needed_bytes: int | None = None) -> str:
+    existing = next(parent for parent in [folder.absolute(), *folder.absolute().parents] if parent.exists())
+    need = f", at least {needed_bytes:,} are needed" if needed_bytes is not None else ""
+    return (
+        f"The run folder cannot be written: {path}: {error.strerror}. {shutil.disk_usage(existing).free:,} bytes are "
+        f"free there{need}. Free some space or correct the permissions, or choose another folder with "
+        f"hydra.run.dir=…; what the folder already holds is kept."
+    )
+
+
+class GuardRunFolder(Callback):
+    """Hydra callback: refuses a run folder before anything is written into it.
+
+    Hydra turns a callback's exceptions into warnings, so a refusal ends the process here.
+    """
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """A single run: its folder must be new and writable."""
+        if is_follower():
+            # Rank 0's files; a second writer could find them half written.
+            with read_write(config.hydra):
+                config.hydra.output_subdir = None
+            return
+        self._check(Path(config.hydra.run.dir))
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """A sweep: the same of the folder that all its jobs share."""
+        if not is_follower():
+            self._check(Path(config.hydra.sweep.dir), setting="hydra.sweep.dir")
+
+    def _check(self, folder: Path, setting: str = "hydra.run.dir") -> None:
+        try:
+            refuse_existing(folder)
+            check_writable(folder)
+        except LightningNPUTPError as error:
+            print(f"error: {str(error).replace('hydra.run.dir', setting)}", file=sys.stderr)
+            raise SystemExit(2) from None

@@ -1,0 +1,129 @@
+"""Catches: text that does not come back from its ids, special tokens slipped into documents, a tokenizer whose ids
+exceed the model's vocabulary, and tokenizer files that fail with a riddle."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from lightning_npu_tp.errors import DataError
+from lit_models.data import TextDataModule
+from lit_models.data.tokenizers import ByteTokenizer, check_vocabulary, load_tokenizer
+
+CHINESE = "深度学习：混合专家模型 DeepSeek-V2 在昇腾上训练。\n\tnaïve 🙂 café\r\n"
+BOS, END = "<|begin|>", "<|end|>"
+
+
+def make_tokenizer(folder, *, with_eos: bool = True):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=[BOS, END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator([CHINESE * 5, "def train(model): return model\n" * 5], trainer)
+    # As DeepSeek's tokenizer does, it puts the begin token before every text unless told not to.
+    bpe.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, 0)])
+    bpe.enable_truncation(max_length=16)
+    named = {"bos_token": BOS, "eos_token": END} if with_eos else {"bos_token": BOS}
+    PreTrainedTokenizerFast(tokenizer_object=bpe, **named).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.mark.parametrize("text", [CHINESE, "", "\x00\x7f", "𠮷" * 3])
+def test_bytes_round_trip_any_text(text):
+    tokenizer = ByteTokenizer()
+    ids = tokenizer.encode(text)
+    assert ids.tolist() == list(text.encode("utf-8"))
+    assert tokenizer.decode(ids) == text
+
+
+def test_bytes_have_three_special_ids_that_decode_to_nothing():
+    tokenizer = ByteTokenizer()
+    specials = [tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id]
+    assert sorted(specials) == [256, 257, 258]
+    assert tokenizer.vocab_size == 259
+    assert tokenizer.decode([*specials, *tokenizer.encode("中")]) == "中"
+    assert tokenizer.decode(tokenizer.encode("中")[:2]) == "\ufffd"
+
+
+def test_no_path_means_bytes():
+    assert isinstance(load_tokenizer(None), ByteTokenizer)
+
+
+def test_a_hugging_face_tokenizer_round_trips_chinese_whole_and_without_special_tokens(folder):
+    tokenizer = load_tokenizer(folder)
+    ids = tokenizer.encode(CHINESE)
+    assert len(ids) > 16  # the file asks for a truncation to 16 tokens, which must not lose text here
+    assert ids.dtype == np.int64
+    assert tokenizer.decode(ids) == CHINESE
+    assert not {0, 1} & set(ids.tolist())  # neither begin nor end was added
+    assert tokenizer.decode([*ids, tokenizer.eos_id, tokenizer.pad_id]) == CHINESE
+
+
+def test_eos_serves_as_padding_and_the_largest_id_decides_the_vocabulary(folder):
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.eos_id == tokenizer.pad_id == 1
+    largest = max(tokenizer.encode(bytes(range(33, 127)).decode() + CHINESE * 9).tolist())
+    assert 256 < largest < tokenizer.vocab_size <= 300
+
+
+def test_a_tokenizer_json_is_enough_if_the_end_token_is_named(folder, tmp_path):
+    alone = shutil.copy(folder / "tokenizer.json", tmp_path)
+    with pytest.raises(DataError, match=r"names no end token \(eos\).* data\.eos_token .*<\|end\|>"):
+        load_tokenizer(alone)
+    tokenizer = load_tokenizer(alone, eos_token=END)
+    assert (tokenizer.eos_id, tokenizer.decode(tokenizer.encode(CHINESE))) == (1, CHINESE)
+    with pytest.raises(DataError, match=r"data\.eos_token='</s>' is not in the vocabulary"):
+        load_tokenizer(alone, eos_token="</s>")
+
+
+def test_a_tokenizer_json_is_read_with_the_settings_that_lie_beside_it(folder):
+    assert load_tokenizer(folder / "tokenizer.json").eos_id == 1
+
+
+def test_a_folder_that_names_no_end_token_is_refused(tmp_path):
+    with pytest.raises(DataError, match="names no end token"):
+        load_tokenizer(make_tokenizer(tmp_path, with_eos=False))
+
+
+def test_a_missing_path_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"data\.tokenizer='.*nowhere' does not exist"):
+        load_tokenizer(tmp_path / "nowhere")
+
+
+def test_files_that_are_no_tokenizer_give_one_kind_of_error(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    for path in (tmp_path, tmp_path / "tokenizer.json"):
+        with pytest.raises(DataError, match="cannot be loaded as a Hugging Face tokenizer"):
+            load_tokenizer(path)
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused_with_both_sizes():
+    check_vocabulary(ByteTokenizer(), 259)
+    with pytest.raises(DataError, match=r"\(bytes, data\.tokenizer\) has 259 ids, .* \(model vocab_size\) has 258"):
+        check_vocabulary(ByteTokenizer(), 258)
+
+
+def test_chinese_documents_are_packed_with_a_hugging_face_tokenizer_and_come_back(folder, tmp_path):
+    texts = [f"{CHINESE}{number}" for number in range(9)]
+    lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    settings = {"tokenizer": str(folder), "isolate_documents": True, "val_fraction": 0, "batch_size": 1}
+    data = TextDataModule(source="text", paths=tmp_path, sequence_length=32, **settings)
+    batch = next(iter(data.train_dataloader()))
+    assert set(batch) == {"input_ids", "labels", "position_ids"}
+    assert data.vocab_size == load_tokenizer(folder).vocab_size
+    assert data.tokenizer.decode(data.train_set.stream.tokens) == "".join(texts)

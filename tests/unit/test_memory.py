@@ -1,0 +1,56 @@
+"""DeepSeek-V2-Lite on the meta device. Catches a config that is not the published model, a plan that does not cover
+it, and arithmetic of bytes per rank that does not add up over the ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from lightning_npu_tp.families.deepseek_v2 import DEEPSEEK_V2
+from lightning_npu_tp.layout import Layout
+from lightning_npu_tp.memory import rank_memory
+from lightning_npu_tp.plan import match_plan
+
+LITE = Path(__file__).parents[2] / "conf/model/deepseek_v2_lite.yaml"
+PARAMETERS = 15_706_484_224
+EXPERTS = 14_544_797_696
+
+
+@pytest.fixture(scope="module")
+def lite():
+    node = yaml.safe_load(LITE.read_text())
+    config = AutoConfig.for_model(node["architecture"], **node["config"])
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    return shapes, match_plan(DEEPSEEK_V2.plan(config), shapes, family="deepseek_v2")
+
+
+def test_the_lite_config_is_the_published_model(lite) -> None:
+    shapes, _ = lite
+    experts = {name: shape for name, shape in shapes.items() if ".mlp.experts." in name}
+    assert sum(torch.Size(shape).numel() for shape in shapes.values()) == PARAMETERS
+    assert sum(torch.Size(shape).numel() for shape in experts.values()) == EXPERTS
+
+
+def test_bytes_per_rank_at_tensor_four(lite) -> None:
+    shapes, rules = lite
+    memory = rank_memory(shapes, rules, Layout.resolve(world=4), bytes_per_element=2)
+    replicated = sum(torch.Size(shapes[name]).numel() for name, rule in rules.items() if rule.dim is None)
+    assert memory.parameters == (PARAMETERS - replicated) // 4 + replicated
+    assert memory.parameter_bytes == 2 * memory.parameters
+    assert memory.total_bytes == 8 * memory.parameters
+    assert 30e9 < memory.total_bytes < 32e9, "fits a card of 64 GB"
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+def test_the_ranks_hold_everything_once_and_the_replicated_on_each(lite, ranks: int) -> None:
+    shapes, rules = lite
+    layout = Layout.resolve(world=ranks)
+    replicated = sum(torch.Size(shapes[name]).numel() for name, rule in rules.items() if rule.dim is None)
+    total = sum(rank_memory(shapes, rules, layout, rank=rank).parameters for rank in range(ranks))
+    assert total == PARAMETERS + (ranks - 1) * replicated
