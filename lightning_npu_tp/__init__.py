@@ -1,0 +1,14 @@
+"""Train mixture-of-experts language models sharded over Ascend NPUs with PyTorch Lightning.
+
+Importing this package registers the accelerator "npu" and the strategy "npu_tp" with Lightning. It
+touches no device, sets no environment variable and never imports torch_npu.
+"""
+
+from lightning_npu_tp.accelerator import NPUAccelerator, register
+from lightning_npu_tp.families.family import ModelFamily
+from lightning_npu_tp.strategy import NPUTensorParallelStrategy, register_strategy
+
+__all__ = ["ModelFamily", "NPUAccelerator", "NPUTensorParallelStrategy"]
+
+register()
+register_strategy()

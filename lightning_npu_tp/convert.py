@@ -148,9 +148,7 @@ def _convert_one(
     }
 
     own_config = _own_config(model, config)
-    report = ConversionReport(
-        model=model_name, family=family.name, layout=meshes.layout, groups=groups, rules=rules
-    )
+    report = ConversionReport(model=model_name, family=family.name, layout=meshes.layout, groups=groups, rules=rules)
     report.swapped = _swap(swaps, family, BuildContext(groups=groups, kernels=kernels, config=own_config))
     for path, mixin in family.mixins.items():
         become(model.get_submodule(path), mixin)
@@ -175,7 +173,12 @@ def _convert_one(
             else:
                 local = _shard_of_existing(parameter.detach(), rule, mesh, device, target)
             tensor = DTensor.from_local(
-                local, mesh, (rule.placement,), run_check=False, shape=torch.Size(full_shape), stride=_strides(full_shape)
+                local,
+                mesh,
+                (rule.placement,),
+                run_check=False,
+                shape=torch.Size(full_shape),
+                stride=_strides(full_shape),
             )
             sharded[first] = nn.Parameter(tensor, requires_grad=parameter.requires_grad)
             report.parameters += parameter.numel()
@@ -260,9 +263,7 @@ def _swap(swaps: list[_Swap], family: ModelFamily, context: BuildContext) -> Cou
     return Counter(swap.kind for swap in swaps)
 
 
-def _shard_of_existing(
-    full: Tensor, rule: Rule, mesh: DeviceMesh, device: torch.device, dtype: torch.dtype
-) -> Tensor:
+def _shard_of_existing(full: Tensor, rule: Rule, mesh: DeviceMesh, device: torch.device, dtype: torch.dtype) -> Tensor:
     """This rank's slice of a parameter that holds weights; rank 0's weights are everyone's.
 
     Random initialisation without a seed differs from rank to rank, hence the broadcast.

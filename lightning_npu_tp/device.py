@@ -94,7 +94,7 @@ def import_torch_npu() -> ModuleType:
 
     Raises DeviceError that tells apart: not installed, made for another torch, CANN missing.
     """
-    if importlib.util.find_spec("torch_npu") is None:
+    if not _installed():
         raise DeviceError(
             "torch_npu is not installed. Install it next to this torch with `pip install 'lightning-npu-tp[npu]'`."
         )
@@ -149,7 +149,7 @@ def autoload_problem() -> str | None:
     torch loads every installed backend when it is imported, and transformers imports torch_npu whenever
     it is installed, so that not even a CPU run starts. Imports neither torch nor torch_npu.
     """
-    if importlib.util.find_spec("torch_npu") is None:
+    if not _installed():
         return None
     missing = _missing_cann()
     if missing is None:
@@ -191,6 +191,14 @@ def _count_npus() -> int:
 
     npu = cast(Any, torch).npu
     return int(npu.device_count()) if npu.is_available() else 0
+
+
+def _installed() -> bool:
+    try:
+        return importlib.util.find_spec("torch_npu") is not None
+    except ValueError:
+        # A module without a spec: put into sys.modules by hand, as a simulator may.
+        return True
 
 
 def _missing_cann() -> str | None:

@@ -97,7 +97,7 @@ def program(cwd: str) -> list[str]:
     # A folder or an archive that is run as a script has a spec named "__main__".
     if spec is not None and spec.name != "__main__":
         return [sys.executable, "-m", spec.name]
-    script = os.path.join(cwd, sys.argv[0])
+    script = os.path.abspath(os.path.join(cwd, sys.argv[0]))
     if not os.path.exists(script):
         raise ConfigError(
             f"Other ranks run the same script, but this process was started from {sys.argv[0]!r}, which is no file. "

@@ -9,11 +9,11 @@ that nothing leaks into the next job of a sweep. Under torchrun or a cluster's o
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import socket
 import sys
-import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -23,12 +23,11 @@ from lightning.fabric.plugins import ClusterEnvironment
 from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from typing_extensions import override
 
 from lightning_npu_tp.errors import ConfigError
 from lightning_npu_tp.hydra_job import HydraJob, current_job, program
-from lightning_npu_tp.processes import Channel, ChildProcess, parent_channel
+from lightning_npu_tp.processes import ChildProcess, parent_channel
 from lightning_npu_tp.signals import SignalWatch
 from lightning_npu_tp.supervisor import GRACE_SECONDS, Supervisor, end_now, say
 
@@ -62,9 +61,14 @@ class ProcessLauncher(_SubprocessScriptLauncher):
         """
         check_world(self.cluster_environment, self.num_processes, self.num_nodes)
         self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
-        if self.cluster_environment.creates_processes_externally:
-            return self._run_as_started_rank(function, args, kwargs)
-        return self._run_as_first_rank(function, args, kwargs)
+        call = functools.partial(self._run, function, args, kwargs)
+        if not self.cluster_environment.creates_processes_externally:
+            with _restored_environment():
+                self._current = self._ranks_of_this_job()
+                self.procs = [child.process for child in self._current.children]
+                return self._current.call(call)
+        channel = parent_channel()
+        return call() if channel is None else channel.call(call)
 
     @override
     def kill(self, signum: int) -> None:
@@ -103,39 +107,15 @@ class ProcessLauncher(_SubprocessScriptLauncher):
                 supervisor.end_run(None, exit_code)
             end_now(exit_code)
 
+        if self._watch is not None:
+            self._watch.close(unwinding=False)
         self._watch = SignalWatch(on_sigterm=on_sigterm, grace_seconds=grace_seconds, notice=notice, end=end)
         self._watch.install()
 
-    def _run_as_started_rank(self, function: Callable, args: Any, kwargs: Any) -> Any:
-        channel = parent_channel()
-        if channel is None:
-            with self._watched():
-                _set_num_threads_if_needed(num_processes=self.num_processes)
-                return function(*args, **kwargs)
-        channel.send("enter")
-        try:
-            with self._watched():
-                _set_num_threads_if_needed(num_processes=self.num_processes)
-                result = function(*args, **kwargs)
-        except BaseException as error:
-            _report(channel, error)
-            raise
-        channel.send("leave")
-        return result
-
-    def _run_as_first_rank(self, function: Callable, args: Any, kwargs: Any) -> Any:
-        with _restored_environment():
-            self._current = supervisor = self._ranks_of_this_job()
-            self.procs = [child.process for child in supervisor.children]
-            try:
-                with self._watched():
-                    supervisor.enter()
-                    _set_num_threads_if_needed(num_processes=self.num_processes)
-                    result = function(*args, **kwargs)
-            except BaseException as error:
-                supervisor.explain(error)
-                raise
-        return result
+    def _run(self, function: Callable, args: Any, kwargs: Any) -> Any:
+        with self._watched():
+            _set_num_threads_if_needed(num_processes=self.num_processes)
+            return function(*args, **kwargs)
 
     @contextlib.contextmanager
     def _watched(self) -> Iterator[None]:
@@ -223,12 +203,6 @@ def check_world(cluster_environment: ClusterEnvironment, num_processes: int, num
         f"for {num_processes} on each machine, {wanted} in all. Set trainer.devices to the number of processes per "
         f"machine, or start {num_processes} per machine (torchrun --nproc-per-node={num_processes})."
     )
-
-
-def _report(channel: Channel, error: BaseException) -> None:
-    if isinstance(error, SIGTERMException):
-        channel.send("terminated")
-    channel.send("raised", traceback="".join(traceback.format_exception(error)))
 
 
 def _end_previous_job(supervisor: Supervisor) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import selectors
 import signal
 import stat
@@ -19,8 +20,9 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import psutil
@@ -159,6 +161,17 @@ class Channel:
         if sys.platform != "linux":
             threading.Thread(target=self.end_with_parent, name="parent watch", daemon=True).start()
 
+    def call(self, function: Callable[[], Any]) -> Any:
+        """Run a trainer call of this rank and report its begin and its end."""
+        self.send("enter")
+        try:
+            result = function()
+        except BaseException as error:
+            self.send("raised", traceback="".join(traceback.format_exception(error)))
+            raise
+        self.send("leave")
+        return result
+
     def send(self, event: str, **details: Any) -> None:
         """Report; silently does nothing once the parent is gone."""
         line = json.dumps({"event": event, "time": time.monotonic(), **details}) + "\n"
@@ -222,13 +235,15 @@ def kill_descendants() -> None:
 
 def last_traceback(lines: Sequence[str]) -> str:
     """The last traceback in these lines with the exceptions that it was raised from; "" if there is none."""
-    starts = [i for i, line in enumerate(lines) if line.startswith("Traceback (most recent call last)")]
+    # torch.distributed prints uncaught exceptions with the rank in front of each line.
+    bare = [re.sub(r"^\[rank\d+\]: ?", "", line) for line in lines]
+    starts = [i for i, line in enumerate(bare) if line.startswith("Traceback (most recent call last)")]
     if not starts:
         return ""
     links = ("During handling of the above exception", "The above exception was the direct cause")
-    while len(starts) > 1 and any(line.startswith(links) for line in lines[starts[-2] : starts[-1]]):
+    while len(starts) > 1 and any(line.startswith(links) for line in bare[starts[-2] : starts[-1]]):
         starts.pop()
-    return "\n".join(lines[starts[-1] :]).rstrip()
+    return "\n".join(bare[starts[-1] :]).rstrip()
 
 
 def _descendants(pid: int) -> list[psutil.Process]:

@@ -23,6 +23,7 @@ _STOP = b"\0"
 
 _in_force: SignalWatch | None = None
 _fork_hook_registered = False
+_before_fork = threading.local()
 
 
 class SignalWatch:
@@ -133,16 +134,27 @@ def _register_fork_hook() -> None:
     """Let no forked process write into this rank's wake-up pipe.
 
     `multiprocessing` ends its forked workers with SIGTERM; with the inherited handler and descriptor that would look
-    like a SIGTERM to this rank.
+    like a SIGTERM to this rank. The signals are held back around the fork, because one may come before the hook.
     """
     global _fork_hook_registered
     if not _fork_hook_registered:
-        os.register_at_fork(after_in_child=_release_in_forked_child)
+        os.register_at_fork(
+            before=_hold_signals, after_in_parent=_release_signals, after_in_child=_release_signals_in_child
+        )
         _fork_hook_registered = True
 
 
-def _release_in_forked_child() -> None:
+def _hold_signals() -> None:
+    _before_fork.mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+
+
+def _release_signals() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, _before_fork.mask)
+
+
+def _release_signals_in_child() -> None:
     if _in_force is not None:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    _release_signals()

@@ -24,15 +24,16 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins.precision import Precision
-from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.strategies import ParallelStrategy, StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from lightning_utilities.core.rank_zero import rank_zero_only as utils_rank_zero_only
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_npu_tp import kernels as kernel_choice
+from lightning_npu_tp import module_setup
 from lightning_npu_tp.checkpoint import training_state
 from lightning_npu_tp.collectives import group_size
 from lightning_npu_tp.convert import ConversionReport, adopt, convert, materialize_rest
@@ -45,7 +46,7 @@ from lightning_npu_tp.launcher import ProcessLauncher, check_world
 from lightning_npu_tp.layout import Groups, Layout, Meshes, Size
 from lightning_npu_tp.precision import precision_dtype, rebuild_precision
 from lightning_npu_tp.process_group import close_process_group, open_process_group
-from lightning_npu_tp.reduction import DataSync, reduce_over_data
+from lightning_npu_tp.reduction import reduce_over_data
 
 UserConversion = Callable[[LightningModule, Meshes], None]
 
@@ -71,6 +72,7 @@ class NPUTensorParallelStrategy(ParallelStrategy):
         checkpoint_weights_only: passed on when the trainer says nothing; False trusts the file.
         init_seed: of the weights of parameters on the meta device; None takes torch's initial seed.
         cluster_environment, process_group_backend: as in Lightning's other strategies.
+
     """
 
     strategy_name = "npu_tp"
@@ -147,11 +149,10 @@ class NPUTensorParallelStrategy(ParallelStrategy):
         assert self.cluster_environment is not None
         # The devices came after the precision plugin.
         self.precision_plugin = self._precision_plugin
+        check_world(self.cluster_environment, self.num_processes, self.num_nodes)
         self._resolve_layout()
-        if self.cluster_environment.creates_processes_externally:
-            check_world(self.cluster_environment, self.num_processes, self.num_nodes)
-        else:
-            self._launcher = ProcessLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
+        # On the ranks that somebody else started as well: it is what ends them all when one fails.
+        self._launcher = ProcessLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
 
     def set_world_ranks(self) -> None:
         """Tell the cluster environment and the logging helpers which rank this is."""
@@ -202,8 +203,13 @@ class NPUTensorParallelStrategy(ParallelStrategy):
         reset_seed()
         self.set_world_ranks()
         self._open()
-        if self.lightning_module is not None:
-            self.lightning_module._device_mesh = self.meshes.dense
+        module = self.lightning_module
+        assert module is not None
+        # Users read it in `configure_model`.
+        module._device_mesh = self.meshes.dense
+        if module_setup.averaging_callbacks(module.trainer):
+            module_setup.configure_early(module.trainer, module)
+            self._convert_models(module)
 
     def _open(self) -> None:
         close_process_group()
@@ -211,9 +217,7 @@ class NPUTensorParallelStrategy(ParallelStrategy):
             self._hccl.apply()
         backend = self._backend or backend_for(self.root_device.type)
         assert self.cluster_environment is not None
-        open_process_group(
-            self.cluster_environment, backend=backend, timeout=self._timeout, device=self.root_device
-        )
+        open_process_group(self.cluster_environment, backend=backend, timeout=self._timeout, device=self.root_device)
         meshes = Meshes.build(self.layout, self.root_device.type)
         for groups in (self._groups, *self._adopted):
             groups.bind(meshes)
@@ -245,36 +249,29 @@ class NPUTensorParallelStrategy(ParallelStrategy):
         """Convert and shard what the module holds, then build the optimizers."""
         assert self.model is not None and self.accelerator is not None and self.lightning_module is not None
         self.accelerator.setup(trainer)
-        self._refuse_other_sharding(trainer)
         module = self.lightning_module
-        self._adopted = adopt(module, self.meshes)
+        module_setup.refuse_fsdp1(module)
+        if trainer._detect_anomaly:
+            module_setup.let_anomaly_detection_read_shards()
         self._convert_models(module)
-        plain = self._share_plain_tensors(module)
-        for metric in _metrics(module):
-            if metric.dist_sync_fn is None:
-                metric.dist_sync_fn = DataSync(self._groups)
+        if self.world_size > 1:
+            module_setup.share_plain_tensors(module, self.root_device)
+        module_setup.count_samples_once(module, self._groups)
         self.model = self.precision_plugin.convert_module(self.model)
         self.model_to_device()
         self.barrier("setup")
         if trainer.state.fn == TrainerFn.FITTING:
+            for callback in module_setup.averaging_callbacks(trainer):
+                callback.setup(trainer, module, "fit")
             self._reset_optimizers_and_schedulers()
             self.setup_optimizers(trainer)
-            _check_optimizers(self.optimizers, plain)
+            module_setup.check_optimizers(self.optimizers, module_setup.plain_parameters(module))
         self.setup_precision_plugin()
         if trainer.state.fn == TrainerFn.FITTING:
             _optimizers_to_device(self.optimizers, self.root_device)
 
-    def _refuse_other_sharding(self, trainer: Trainer) -> None:
-        from torch.distributed.fsdp import FullyShardedDataParallel
-
-        for name, module in self.lightning_module.named_modules():
-            if isinstance(module, FullyShardedDataParallel):
-                raise ConversionError(
-                    f"The module {name!r} is wrapped in FullyShardedDataParallel (FSDP1), which cannot be combined "
-                    f"with tensor parallelism. Leave it unwrapped: this strategy shards it."
-                )
-
     def _convert_models(self, module: LightningModule) -> None:
+        self._adopted = adopt(module, self.meshes)
         seed = torch.initial_seed() if self._init_seed is None else self._init_seed
         if self._convert is not None:
             if not any(isinstance(parameter, DTensor) for parameter in module.parameters()):
@@ -301,16 +298,6 @@ class NPUTensorParallelStrategy(ParallelStrategy):
             )
         materialize_rest(module, device=self.root_device, seed=seed)
 
-    def _share_plain_tensors(self, module: nn.Module) -> list[nn.Parameter]:
-        """Give every rank rank 0's values of what is not sharded; returns those parameters."""
-        plain = [parameter for parameter in module.parameters() if not isinstance(parameter, DTensor)]
-        if self.world_size > 1:
-            for tensor in [*plain, *(b for b in module.buffers() if not isinstance(b, DTensor))]:
-                shared = tensor.detach().to(self.root_device, copy=True)
-                dist.broadcast(shared, src=0)
-                tensor.detach().copy_(shared)
-        return plain
-
     def model_to_device(self) -> None:
         """Move what is not on the device yet."""
         assert self.model is not None
@@ -335,6 +322,9 @@ class NPUTensorParallelStrategy(ParallelStrategy):
         """Wait for every rank."""
         if not dist.is_initialized():
             return
+        if name == "run-stage" and isinstance(self._launcher, ProcessLauncher):
+            # Lightning has registered its signal handlers a moment ago; they broadcast and deadlock.
+            self._launcher.watch_signals()
         if self.root_device.type == "cpu":
             dist.barrier()
         else:
@@ -433,29 +423,12 @@ class NPUTensorParallelStrategy(ParallelStrategy):
         if self.is_global_zero:
             self.checkpoint_io.remove_checkpoint(filepath)
 
-def _metrics(module: nn.Module) -> Iterator[Any]:
-    from torchmetrics import Metric
 
-    return (child for child in module.modules() if isinstance(child, Metric))
-
-
-def _check_optimizers(optimizers: Sequence[Optimizer], plain: Sequence[nn.Parameter]) -> None:
-    """Keep torch's fused and for-each optimizers from meeting DTensors and plain tensors together."""
-    ids = {id(parameter) for parameter in plain}
-    for optimizer in optimizers:
-        for number, group in enumerate(optimizer.param_groups):
-            kinds = {id(parameter) in ids for parameter in group["params"]}
-            if len(kinds) < 2:
-                continue
-            for option in ("fused", "foreach"):
-                if group.get(option):
-                    raise ConfigError(
-                        f"{option}=True in parameter group {number} of {type(optimizer).__name__} cannot update sharded "
-                        f"and unsharded parameters together. Put the parameters of your own layers into a parameter "
-                        f"group of their own, or leave {option} unset."
-                    )
-            if "foreach" in group:
-                group["foreach"] = False
-
-
-__all__ = ["NPUTensorParallelStrategy", "rank_zero_info"]
+def register_strategy() -> None:
+    """Make `Trainer(strategy="npu_tp")` work."""
+    StrategyRegistry.register(
+        NPUTensorParallelStrategy.strategy_name,
+        NPUTensorParallelStrategy,
+        description="Tensor and expert parallelism on NPU, CUDA and CPU",
+        override=True,
+    )

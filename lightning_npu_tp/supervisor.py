@@ -17,10 +17,10 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch.distributed as dist
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -111,13 +111,22 @@ class Supervisor:
 
     # What the main thread calls
 
-    def enter(self) -> None:
-        """Begin a trainer call: wait until every rank has begun it too.
+    def call(self, function: Callable[[], Any]) -> Any:
+        """Run a trainer call of rank 0, once every rank has begun it.
 
-        The wait is in Python, so a rank that dies while it imports is an exception here; later, inside the key-value
-        store, it could only be the end of the whole process.
-        Raises RankFailure if a rank is dead or dies meanwhile.
+        Raises RankFailure if another rank is dead, dies meanwhile, or is to blame for what the function raised;
+        SIGTERMException(143) if another rank was asked to end by SIGTERM.
         """
+        try:
+            self._enter()
+            return function()
+        except BaseException as error:
+            self._explain(error)
+            raise
+
+    def _enter(self) -> None:
+        # The wait is in Python, so a rank that dies while it imports is an exception here; later, inside the key-value
+        # store, it could only be the end of the whole process.
         self._calls += 1
         self._own_failure = None
         warned = time.monotonic()
@@ -133,11 +142,10 @@ class Supervisor:
                 log.warning(f"Still waiting for {names} to reach call {self._calls} of a Trainer in this script.")
             time.sleep(0.02)
 
-    def explain(self, error: BaseException) -> None:
-        """A trainer call raised: raise RankFailure if another rank is to blame, else return.
+    def _explain(self, error: BaseException) -> None:
+        """Raise RankFailure if another rank is to blame for this error.
 
-        If it is rank 0's own error, the other ranks fall silent, so that its traceback stays the last one.
-        Raises SIGTERMException(143) if another rank was asked to end by SIGTERM.
+        If it is rank 0's own, the other ranks fall silent, so that its traceback stays the last one.
         """
         self._raised_calls.add(self._calls)
         if self._blamed is not None:

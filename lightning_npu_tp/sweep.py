@@ -25,6 +25,8 @@ from lightning_npu_tp.supervisor import GRACE_SECONDS, say
 log = logging.getLogger(__name__)
 
 Config = TypeVar("Config")
+# What Hydra writes after an error.
+_HYDRA_HINT = "Set the environment variable HYDRA_FULL_ERROR=1 for a complete stack trace."
 
 
 def run_job(task: Callable[[Config], Any], config: Config) -> Any:
@@ -69,7 +71,7 @@ def _run_in_fresh_process(job: HydraJob) -> Any:
     if process.exit_code != 0:
         raise RankFailure(
             f"Job {number} of the sweep, in {job.output_dir}, {process.describe_end()}. "
-            f"The end of its output:\n\n{process.traceback() or process.tail()}"
+            f"The end of its output:\n\n{(process.traceback() or process.tail()).removesuffix(_HYDRA_HINT).rstrip()}"
         )
     result = process.last("result")
     return None if result is None else result["value"]

@@ -184,6 +184,7 @@ def _plain(value: Any) -> Any:
 
 def _model_config(architecture: str, values: dict[str, Any]) -> Any:
     """The transformers config; unsupported names and refused values become errors that say which."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     from lightning_npu_tp.families.registry import supported
@@ -195,5 +196,5 @@ def _model_config(architecture: str, values: dict[str, Any]) -> Any:
     try:
         # A copy: transformers writes into nested dictionaries, and the hyperparameters should stay what was given.
         return AutoConfig.for_model(architecture, **_plain(values))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, StrictDataclassError) as error:
         raise ConfigError(f"model.config is refused by transformers' {architecture} config: {error}") from error

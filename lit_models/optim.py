@@ -37,16 +37,16 @@ def weight_decay_groups(
     return [group for group in groups if group["params"]]
 
 
-def constant(optimizer: Optimizer, *, total_steps: int | None = None, warmup_steps: int = 0) -> LambdaLR:
+def constant(optimizer: Optimizer, *, warmup_steps: int = 0) -> LambdaLR:
     """The optimizer's learning rate, after a linear warm-up of `warmup_steps` optimizer steps."""
-    return LambdaLR(optimizer, _with_warmup(lambda step: 1.0, warmup_steps, total_steps))
+    return LambdaLR(optimizer, _with_warmup(lambda step: 1.0, warmup_steps))
 
 
 def cosine(optimizer: Optimizer, *, total_steps: int, warmup_steps: int = 0, min_lr_ratio: float = 0.1) -> LambdaLR:
     """Linear warm-up, then half a cosine from the optimizer's learning rate to `min_lr_ratio` of it.
 
     total_steps, warmup_steps: optimizer steps; the last of `total_steps` runs at `min_lr_ratio`, and
-    so do steps after it.
+    so do steps after it. A run that is shorter than its warm-up, as a quick trial may be, ends within it.
     """
     if not 0 <= min_lr_ratio <= 1:
         raise ConfigError(f"scheduler.min_lr_ratio={min_lr_ratio} is not in [0, 1]. Set it to a share such as 0.1.")
@@ -55,14 +55,11 @@ def cosine(optimizer: Optimizer, *, total_steps: int, warmup_steps: int = 0, min
         progress = min(1.0, (step - warmup_steps) / max(1, total_steps - 1 - warmup_steps))
         return min_lr_ratio + (1 - min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
 
-    return LambdaLR(optimizer, _with_warmup(half_cosine, warmup_steps, total_steps))
+    return LambdaLR(optimizer, _with_warmup(half_cosine, warmup_steps))
 
 
-def _with_warmup(after: Callable[[int], float], warmup_steps: int, total_steps: int | None) -> Callable[[int], float]:
-    if warmup_steps < 0 or (total_steps is not None and warmup_steps >= max(1, total_steps)):
-        raise ConfigError(
-            f"scheduler.warmup_steps={warmup_steps} does not fit a run of {total_steps} optimizer steps. Set it to a "
-            f"number from 0 to {max(0, (total_steps or 1) - 1)}, or train for more steps (trainer.max_steps)."
-        )
+def _with_warmup(after: Callable[[int], float], warmup_steps: int) -> Callable[[int], float]:
+    if warmup_steps < 0:
+        raise ConfigError(f"scheduler.warmup_steps={warmup_steps} is negative. Set it to 0 or more optimizer steps.")
     # Step 0 already learns: the warm-up counts from 1.
     return lambda step: (step + 1) / (warmup_steps + 1) if step < warmup_steps else after(step)

@@ -24,8 +24,8 @@ from omegaconf import DictConfig, OmegaConf, read_write
 from lightning_npu_tp.errors import ConfigError, LightningNPUTPError
 
 CONFIG_FILE = "config.yaml"
-# What a finished, broken or running run leaves in its folder.
-_SIGNS_OF_A_RUN = (CONFIG_FILE, ".hydra", "metrics.csv", "checkpoints", "multirun.yaml")
+# What a run leaves in its folder. Not .hydra: a run refused for a wrong setting has got no further than that.
+_SIGNS_OF_A_RUN = (CONFIG_FILE, "metrics.csv", "checkpoints", "multirun.yaml")
 _PROBE_BYTES = 1 << 20
 _REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)
 

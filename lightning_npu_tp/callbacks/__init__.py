@@ -1,9 +1,9 @@
 """Lightning callbacks that work with any LightningModule and strategy.
 
-    throughput.py  TokensPerSecond       logs train/tokens_per_second
-    progress.py    TrainingProgressBar   loss, tokens/s, learning rate; lines without a terminal
-    loss_curve.py  LossCurve             a PNG of the losses at the end
-    warmup.py      Warmup                communicators and operators made before step 0
+throughput.py  TokensPerSecond       logs train/tokens_per_second
+progress.py    TrainingProgressBar   loss, tokens/s, learning rate; lines without a terminal
+loss_curve.py  LossCurve             a PNG of the losses at the end
+warmup.py      Warmup                communicators and operators made before step 0
 """
 
 from lightning_npu_tp.callbacks.loss_curve import LossCurve

@@ -35,9 +35,7 @@ class LossCurve(Callback):
     Raises ConfigError on construction where matplotlib is not installed.
     """
 
-    def __init__(
-        self, path: str | os.PathLike[str], train_key: str = "train/loss", val_key: str = "val/loss"
-    ) -> None:
+    def __init__(self, path: str | os.PathLike[str], train_key: str = "train/loss", val_key: str = "val/loss") -> None:
         if importlib.util.find_spec("matplotlib") is None:
             raise ConfigError(
                 "LossCurve needs matplotlib, which is not installed. Run `pip install 'lightning-npu-tp[train]'`, or "

@@ -39,16 +39,14 @@ class TrainingProgressBar(RichProgressBar):
 
     @property
     def total_train_batches(self) -> int | float:
-        """Batches until the end of the epoch or of the run, whichever comes first."""
-        batches = super().total_train_batches
-        if self.trainer.max_steps < 0:
+        """Batches of this epoch until its end or that of the run, whichever comes first; asked as an epoch begins."""
+        trainer = self.trainer
+        batches = trainer.num_training_batches
+        if trainer.max_steps < 0 or not batches:
             return batches
-        steps_left = self.trainer.max_steps - self.trainer.global_step
-        return min(batches, self._batch_index + steps_left * self.trainer.accumulate_grad_batches)
-
-    @property
-    def _batch_index(self) -> int:
-        return self.trainer.fit_loop.epoch_loop.batch_idx + 1
+        # Not 0 when resumed in the middle of an epoch; the count of the last epoch is still there when the next begins.
+        done = trainer.fit_loop.epoch_loop.batch_progress.current.ready % batches
+        return min(batches, done + (trainer.max_steps - trainer.global_step) * trainer.accumulate_grad_batches)
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         """What stands behind the bar, as text."""

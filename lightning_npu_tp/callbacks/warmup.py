@@ -23,7 +23,7 @@ import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_npu_tp.device import torch_module
 from lightning_npu_tp.errors import ConfigError
@@ -92,7 +92,7 @@ class Warmup(Callback):
             tokens = torch.as_tensor(self.tokens)
             return {"input_ids": tokens, "labels": tokens}
         loader = trainer.train_dataloader
-        if not isinstance(loader, DataLoader) or not hasattr(loader.dataset, "__getitem__"):
+        if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
             raise ConfigError(
                 "Warmup takes its batch from the training data set by index, which this data loader does not allow. "
                 "Pass warmup.tokens, a list of lists of token ids, or set warmup=none."

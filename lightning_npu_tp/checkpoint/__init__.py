@@ -1,0 +1,1 @@
+"""Training state in files: saved from any layout, loaded into any other."""

@@ -9,6 +9,7 @@ anew by whoever loads. Nothing is unpickled that torch's weights-only loader ref
 from __future__ import annotations
 
 import pickle
+import re
 import shutil
 import sys
 from collections.abc import Sequence
@@ -31,6 +32,8 @@ from lightning_npu_tp.errors import CheckpointError
 
 REST_FILE = "meta.pt"
 _DCP_FILE = ".metadata"
+# The name that Lightning's consolidation script looks for.
+_MODEL_KEY = "model"
 
 
 def is_sharded(path: Path) -> bool:
@@ -67,7 +70,7 @@ def optimizer_state(model: nn.Module, optimizer: Optimizer, *, full: bool) -> di
 def save_sharded(checkpoint: dict[str, Any], path: Path, *, is_main: bool) -> None:
     """Write a checkpoint as Lightning hands it over; every rank calls it."""
     rest = dict(checkpoint)
-    tensors = {"state_dict": rest.pop("state_dict")}
+    tensors = {_MODEL_KEY: rest.pop("state_dict")}
     for index, state in enumerate(rest.pop("optimizer_states", [])):
         tensors[f"optimizer_{index}"] = state
     if path.is_file():
@@ -118,9 +121,10 @@ def _read(path: Path, weights_only: bool | None) -> dict[str, Any]:
     try:
         return torch.load(path, map_location="cpu", weights_only=True if weights_only is None else weights_only)
     except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL (\S+)", str(error))
         raise CheckpointError(
-            f"{path} holds Python objects that are not plain data, and loading them could run code: {error} "
-            f"Store plain containers in the hyper-parameters (no DictConfig); for a file that you trust, set "
+            f"{path} holds Python objects that are not plain data{f' ({found[1]})' if found else ''}; loading them could "
+            f"run code. Store plain containers in the hyper-parameters; for a file that you trust, set "
             f"strategy.checkpoint_weights_only=false."
         ) from error
 
@@ -131,10 +135,10 @@ def _load_sharded(
     rest = _read(path / REST_FILE, weights_only)
     state = get_model_state_dict(model)
     stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-    _check_names(path, state, {name.removeprefix("state_dict."): meta for name, meta in stored.items()}, strict)
+    _check_names(path, state, {name.removeprefix(f"{_MODEL_KEY}."): meta for name, meta in stored.items()}, strict)
     if not strict:
-        state = {name: value for name, value in state.items() if f"state_dict.{name}" in stored}
-    dcp.load({"state_dict": state}, checkpoint_id=path)
+        state = {name: value for name, value in state.items() if f"{_MODEL_KEY}.{name}" in stored}
+    dcp.load({_MODEL_KEY: state}, checkpoint_id=path)
     set_model_state_dict(model, state, options=StateDictOptions(strict=strict))
     for index, optimizer in enumerate(optimizers):
         if not any(name.startswith(f"optimizer_{index}.") for name in stored):
@@ -165,7 +169,12 @@ def _load_full(
             f"start from its weights with new optimizers instead of resuming."
         )
     for optimizer, state in zip(optimizers, states, strict=False):
-        set_optimizer_state_dict(model, optimizer, state, options=StateDictOptions(full_state_dict=True))
+        if state["state"]:
+            set_optimizer_state_dict(model, optimizer, state, options=StateDictOptions(full_state_dict=True))
+            continue
+        # torch looks for a tensor to learn the device from; a stateless optimizer has settings only.
+        for group, stored in zip(optimizer.param_groups, state["param_groups"], strict=True):
+            group.update({name: value for name, value in stored.items() if name != "params"})
     return checkpoint
 
 

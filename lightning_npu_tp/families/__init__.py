@@ -1,0 +1,1 @@
+"""The model families that are supported, one file each: a plan, sizes and constructors."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from lightning_npu_tp.errors import ConversionError
@@ -18,6 +19,7 @@ from lightning_npu_tp.layers.linear import RMSNorm, ShardedMLP
 from lightning_npu_tp.layers.mla import MLAttention
 from lightning_npu_tp.layers.rotary import RotaryTables
 from lightning_npu_tp.layers.vocab import VocabEmbedding, VocabHead
+from lightning_npu_tp.moe import dispatch
 from lightning_npu_tp.moe.block import MoEBlock
 from lightning_npu_tp.plan import Columns, Experts, Plan, Replicated, Rows, Vocab
 
@@ -115,7 +117,29 @@ def _norm(source: nn.Module, context: BuildContext) -> nn.Module:
 
 def _moe(source: nn.Module, context: BuildContext) -> nn.Module:
     config = context.config
-    return MoEBlock.from_parameters(source, context)
+    # On meta: its parameters are those of the source, which conversion shards.
+    with torch.device("meta"):
+        block = MoEBlock(
+            hidden_size=config.hidden_size,
+            expert_width=config.moe_intermediate_size,
+            num_experts=config.n_routed_experts,
+            top_k=config.num_experts_per_tok,
+            kernels=context.kernels,
+            group=context.groups.tensor,
+            dispatcher=dispatch.Replicated(context.groups.expert),
+            shared_experts=ShardedMLP(source.shared_experts, context.groups, partial=True),
+            topk_method=config.topk_method,
+            num_groups=config.n_group or 1,
+            topk_group=config.topk_group or 1,
+            norm_topk_prob=bool(config.norm_topk_prob),
+            routed_scaling_factor=config.routed_scaling_factor,
+            hidden_act=config.hidden_act,
+            # Not in transformers' config class; checkpoints carry them, and extra keys stay attributes.
+            aux_loss_alpha=getattr(config, "aux_loss_alpha", 0.0),
+            seq_aux=getattr(config, "seq_aux", True),
+        )
+    block.adopt_parameters(source)
+    return block
 
 
 DEEPSEEK_V2 = ModelFamily(

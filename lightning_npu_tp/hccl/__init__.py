@@ -1,0 +1,1 @@
+"""Configuration of HCCL, the collective library of Ascend NPUs."""

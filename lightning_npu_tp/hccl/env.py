@@ -60,7 +60,7 @@ class HcclSettings:
     exec_timeout_s: int | None = _variable("HCCL_EXEC_TIMEOUT", 0)
     # Until a device event has come [1868]; must exceed the one above.
     event_timeout_s: int | None = _variable("HCCL_EVENT_TIMEOUT", 1)
-    # Until the watchdog takes a silent rank for dead [600].
+    # Until a watchdog thread that shows no sign of life ends its process [600].
     heartbeat_timeout_s: int | None = _variable("TORCH_HCCL_HEARTBEAT_TIMEOUT_SEC", 1)
 
     # --- communication ---
@@ -71,7 +71,7 @@ class HcclSettings:
     # Address, or name of the network interface, by which hosts talk [chosen by HCCL]. One of the two.
     interface_ip: str | None = _variable("HCCL_IF_IP")
     socket_interface: str | None = _variable("HCCL_SOCKET_IFNAME")
-    # Same order of summation in every run [false]; strict: the same for every number of ranks as well.
+    # Same order of summation in every run [false]; strict: order-preserving as well.
     deterministic: bool | Literal["strict"] | None = _variable("HCCL_DETERMINISTIC", values=(False, True, "strict"))
     # 0: off, 1: end the process, 2: clean up only, 3: end it without cleaning up [1].
     async_error_handling: int | None = _variable("TORCH_HCCL_ASYNC_ERROR_HANDLING", 0, 3)
@@ -84,7 +84,7 @@ class HcclSettings:
     # --- launching operators ---
     # 0: no queue, 1: queue [1], 2: two-level queue, faster, higher peak memory.
     task_queue: int | None = _variable("TASK_QUEUE_ENABLE", 0, 2)
-    # Join non-contiguous copies [false].
+    # Treat chains of operators on non-contiguous tensors as one [false].
     combined: bool | None = _switch("COMBINED_ENABLE")
     # Wait after every operator, for debugging [false]; switches the task queue off.
     launch_blocking: bool | None = _switch("ASCEND_LAUNCH_BLOCKING")
@@ -97,7 +97,7 @@ class HcclSettings:
     op_cache_mode: str | None = _variable("ACL_OP_COMPILER_CACHE_MODE", values=("enable", "disable", "force"))
 
     # --- memory ---
-    # How memory is reused among streams [1]; 0: not early.
+    # How memory is reused among streams [1]; 0: not.
     multi_stream_memory_reuse: int | None = _variable("MULTI_STREAM_MEMORY_REUSE", 0, 3)
     # Grow segments instead of adding new ones: less fragmentation [false].
     expandable_segments: bool | None = _allocator("expandable_segments", values=(False, True))

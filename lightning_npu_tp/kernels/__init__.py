@@ -61,7 +61,7 @@ def select(device_type: str, overrides: Mapping[str, str] | None = None) -> Kern
             raise ConfigError(f"kernels.{operation}={name!r} names no operation. Use one of {sorted(_MODULES)}.")
         if name not in _MODULES[operation]:
             raise ConfigError(
-                f"kernels.{operation}={name!r} is not an implementation of it. Use one of {sorted(_MODULES[operation])}."
+                f"kernels.{operation}={name!r} is no implementation of it. Use one of {sorted(_MODULES[operation])}."
             )
     if "grouped_matmul" in overrides:
         overrides.setdefault("expert_mlp", "composed")

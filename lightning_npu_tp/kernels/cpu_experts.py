@@ -25,7 +25,13 @@ from lightning_npu_tp.kernels.rows import PickRows
 class _ExpertMLP(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_TD: Tensor, weights_TK: Tensor, order_R: Tensor, counts_E: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor
+        ctx: Any,
+        x_TD: Tensor,
+        weights_TK: Tensor,
+        order_R: Tensor,
+        counts_E: Tensor,
+        gate_up_EGD: Tensor,
+        down_EDF: Tensor,
     ) -> Tensor:
         dtype, wide = x_TD.dtype, torch.promote_types(x_TD.dtype, torch.float32)
         # Rows past the last local one are cut off here, and nothing below ever sees them.
@@ -101,16 +107,14 @@ def _gradient_buffer(weight: Tensor) -> Tensor:
 
 
 def _product_into(out: Tensor, left: Tensor, right: Tensor) -> None:
-    """out = left @ right; `out` is wider than they are when autocast keeps float32 weights."""
+    """Write left @ right to `out`, which is wider than they are when autocast keeps float32 weights."""
     if out.dtype == left.dtype:
         torch.mm(left, right, out=out)
     else:
         out.copy_(torch.mm(left, right))
 
 
-def expert_mlp(
-    x_TD: Tensor, weights_TK: Tensor, rows: PickRows, gate_up_EGD: Tensor, down_EDF: Tensor
-) -> Tensor:
+def expert_mlp(x_TD: Tensor, weights_TK: Tensor, rows: PickRows, gate_up_EGD: Tensor, down_EDF: Tensor) -> Tensor:
     """Routed experts of the local picks, weighted and summed per token.
 
     x_TD: local [T, D]; its dtype is computed in. weights_TK: [T, K], at least float32.

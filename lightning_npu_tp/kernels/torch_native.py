@@ -1,8 +1,8 @@
 """PyTorch's own grouped matmul, for CUDA: static shapes, counts stay on the device.
 
 bfloat16 on compute capability 9 and above runs one kernel per call; for other dtypes and older cards
-PyTorch loops inside the operator and reads the ends on the host. float64, which it refuses, takes
-the reference. Widths must be multiples of 16 bytes. Works on the CPU too, slowly.
+PyTorch loops inside the operator and reads the ends on the host. What it refuses, float64 and a buffer
+of no rows, takes the reference. Widths must be multiples of 16 bytes. Works on the CPU too, slowly.
 """
 
 from __future__ import annotations
@@ -14,23 +14,27 @@ from lightning_npu_tp.kernels import reference
 from lightning_npu_tp.kernels.grouped import GroupedPrimitives, RowGroups
 
 
+def _is_refused(rows: Tensor) -> bool:
+    return rows.dtype == torch.float64 or rows.shape[0] == 0
+
+
 def rows_by_weights(x_RD: Tensor, weight_EFD: Tensor, groups: RowGroups) -> Tensor:
     """See GroupedPrimitives."""
-    if x_RD.dtype == torch.float64:
+    if _is_refused(x_RD):
         return reference.rows_by_weights(x_RD, weight_EFD, groups)
     return torch.nn.functional.grouped_mm(x_RD, weight_EFD.transpose(1, 2), offs=groups.ends_E)
 
 
 def grads_by_weights(dy_RF: Tensor, weight_EFD: Tensor, groups: RowGroups) -> Tensor:
     """See GroupedPrimitives."""
-    if dy_RF.dtype == torch.float64:
+    if _is_refused(dy_RF):
         return reference.grads_by_weights(dy_RF, weight_EFD, groups)
     return torch.nn.functional.grouped_mm(dy_RF, weight_EFD, offs=groups.ends_E)
 
 
 def grads_by_rows(dy_RF: Tensor, x_RD: Tensor, groups: RowGroups) -> Tensor:
     """See GroupedPrimitives."""
-    if dy_RF.dtype == torch.float64:
+    if _is_refused(dy_RF):
         return reference.grads_by_rows(dy_RF, x_RD, groups)
     dw_EFD = torch.nn.functional.grouped_mm(dy_RF.t(), x_RD, offs=groups.ends_E)
     # On Blackwell an expert without rows gets whatever the buffer held (pytorch issue 172439).

@@ -1,0 +1,1 @@
+"""Layers that compute on the local part of sharded parameters."""

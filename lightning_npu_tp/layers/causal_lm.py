@@ -24,7 +24,12 @@ ATTENTION_NAME = "lightning_npu_tp"
 
 
 def attention_mask_4d(
-    attention_mask: Tensor | None, position_ids: Tensor | None, *, query_length: int, past_length: int, device: torch.device
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    *,
+    query_length: int,
+    past_length: int,
+    device: torch.device,
 ) -> Tensor | None:
     """The mask that transformers would build, decided from what was passed and not from its values.
 

@@ -53,7 +53,8 @@ _PYTHON_HOST_SYNCS = {
     Tensor.__array__: "Tensor.__array__",
     Tensor.cpu: "Tensor.cpu",
 }
-_TORCH_FOLDER = str(Path(torch.__file__).parent)
+# Frames in here, `float64_reference` included, only pass a call on.
+_NOT_CALLERS = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ class CountOperators(TorchDispatchMode):
         return func(*args, **kwargs)
 
     def record(self, kind: Literal["host sync", "dynamic shape"], operator: str) -> None:
-        """Keep a sighting of `operator`, called by the innermost Python line outside torch."""
+        """Keep a sighting of `operator`, called by the innermost Python line outside torch and this kit."""
         self.sightings.append(Sighting(kind, operator, _caller()))
 
     def found(self, *, exclude: Sequence[str] = ()) -> list[Sighting]:
@@ -150,7 +151,7 @@ def _caller() -> str:
     frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         file = frame.f_code.co_filename
-        if file != __file__ and not file.startswith(_TORCH_FOLDER):
+        if not file.startswith(_NOT_CALLERS):
             line = linecache.getline(file, frame.f_lineno).strip()
             return f"{file}:{frame.f_lineno} in {frame.f_code.co_name}: {line}"
         frame = frame.f_back

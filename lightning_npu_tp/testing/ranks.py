@@ -33,7 +33,7 @@ from typing import Any
 
 from lightning_npu_tp.errors import ConfigError, RankFailure
 
-# Importing torch and Lightning on a busy two-core machine; not part of a call's own time-out.
+# Importing torch, Lightning and the function's module on a busy two-core machine; not part of a call's time-out.
 START_TIMEOUT = 240.0
 # How long the other ranks' reports are collected after the first failure: a rank that lost its
 # peer often reports before the operating system tells us about the peer.
@@ -76,7 +76,7 @@ def run_ranks(
 
     fn:      defined at the top level of a module (a test module will do).
     args:    picklable; every rank gets its own copy.
-    timeout: seconds that the call itself may take, start-up not counted.
+    timeout: seconds that the call itself may take, start-up and imports not counted.
     backend: of the default process group; None starts none and leaves that to `fn`. RANK, LOCAL_RANK,
              WORLD_SIZE, MASTER_ADDR and MASTER_PORT are set either way, so that a Lightning Trainer
              inside `fn` takes the process for one of its own.
@@ -132,7 +132,9 @@ class RankPool:
             call = _Call(fn.__module__, file, fn.__name__, arguments, backend, store, free_port(), timeout)
             for pipe in self._pipes:
                 _send(pipe, call)
-            results = self._collect(timeout, f"{fn.__module__}.{fn.__name__}")
+            name = f"{fn.__module__}.{fn.__name__}"
+            self._collect(START_TIMEOUT, f"importing {name}")
+            results = self._collect(timeout, name)
         except BaseException:
             self.close()
             raise
@@ -258,11 +260,10 @@ def _serve(pipe: connection.Connection, rank: int, world_size: int, stack_file: 
                 call = pickle.loads(pipe.recv_bytes())
             except EOFError:
                 return
-            report = _run(call, rank, world_size)
-            _send(pipe, report)
+            _send(pipe, _run(call, rank, world_size, pipe))
 
 
-def _run(call: _Call, rank: int, world_size: int) -> tuple[bool, Any]:
+def _run(call: _Call, rank: int, world_size: int, pipe: connection.Connection) -> tuple[bool, Any]:
     import torch
     import torch.distributed as dist
 
@@ -277,6 +278,8 @@ def _run(call: _Call, rank: int, world_size: int) -> tuple[bool, Any]:
         random.seed(0)
         function = getattr(_import(call.module, call.file), call.function)
         arguments = pickle.loads(call.arguments)
+        # From here the time counts.
+        _send(pipe, (True, None))
         if call.backend is not None:
             dist.init_process_group(
                 call.backend,

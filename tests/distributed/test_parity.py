@@ -28,7 +28,6 @@ from lightning_npu_tp.testing.models import (
     tiny_deepseek_v2_config,
     tiny_deepseek_v2_grouped_config,
 )
-from lightning_npu_tp.testing.ranks import RankPool
 from lightning_npu_tp.testing.reference import relative_difference
 
 # Double rounding over a few thousand additions per element; a real mistake is 1e-3 and more.
@@ -82,7 +81,13 @@ def sharded_step(rank: int, world_size: int, case: dict[str, Any]) -> dict[str, 
     meshes, groups = Meshes.build(Layout.resolve(world=world_size), "cpu"), Groups()
     groups.bind(meshes)
     convert(
-        model, meshes=meshes, groups=groups, kernels=kernels.select("cpu"), device=torch.device("cpu"), dtype=None, seed=0
+        model,
+        meshes=meshes,
+        groups=groups,
+        kernels=kernels.select("cpu"),
+        device=torch.device("cpu"),
+        dtype=None,
+        seed=0,
     )
     batches = _batches(case, config)
     tokens = sum(int((batch["labels"][:, 1:] != IGNORED_LABEL).sum()) for batch in batches)
@@ -109,14 +114,9 @@ def sharded_step(rank: int, world_size: int, case: dict[str, Any]) -> dict[str, 
     return result
 
 
-@pytest.fixture(scope="module", params=[1, 2, 4])
-def pool(request: pytest.FixtureRequest):
-    with RankPool(request.param) as ranks:
-        yield ranks
-
-
+@pytest.mark.parametrize("world_size", [1, 2, 4])
 @pytest.mark.parametrize("name", CASES)
-def test_a_sharded_training_run_equals_transformers_in_one_process(pool: RankPool, name: str) -> None:
+def test_a_sharded_training_run_equals_transformers_in_one_process(on_ranks: Any, name: str, world_size: int) -> None:
     case = CASES[name]
     config = _config(case)
     batches = _batches(case, config)
@@ -130,7 +130,7 @@ def test_a_sharded_training_run_equals_transformers_in_one_process(pool: RankPoo
     )
     assert expected.grad_norm > CLIP_NORM, "the case must clip"
     differences: dict[str, float] = {}
-    for rank, result in enumerate(pool.run(sharded_step, case, timeout=120)):
+    for rank, result in enumerate(on_ranks(sharded_step, world_size, case, timeout=120)):
         assert result["gradients"].keys() == expected.gradients.keys()
         for step, (actual, wanted) in enumerate(zip(result["losses"], expected.losses, strict=True)):
             differences[f"rank {rank} loss of step {step}"] = relative_difference(actual, wanted)
@@ -145,5 +145,5 @@ def test_a_sharded_training_run_equals_transformers_in_one_process(pool: RankPoo
             key = f"rank {rank} {parameter} after {STEPS} steps"
             differences[key] = relative_difference(result["parameters"][parameter], wanted)
     worst = max(differences, key=differences.__getitem__)
-    print(f"{name}: worst relative difference {differences[worst]:.2e} ({worst})")
+    print(f"{name} on {world_size} ranks: worst relative difference {differences[worst]:.2e} ({worst})")
     assert differences[worst] <= TOLERANCE, f"{worst}: {differences[worst]:.3e}"

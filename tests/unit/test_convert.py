@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import AutoConfig, AutoModelForCausalLM, DeepseekV2ForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, DeepseekV2ForCausalLM, LlamaConfig
 
 from lightning_npu_tp import kernels
-from lightning_npu_tp.convert import ConversionReport, check_sizes, conversion_of, convert, materialize_rest
+from lightning_npu_tp.convert import check_sizes, conversion_of, convert, materialize_rest
 from lightning_npu_tp.errors import ConfigError, ConversionError
 from lightning_npu_tp.families.deepseek_v2 import DEEPSEEK_V2
 from lightning_npu_tp.families.registry import family_named, supported
@@ -35,7 +35,14 @@ def alone():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     meshes, groups = Meshes.build(Layout.resolve(world=1), "cpu"), Groups()
     groups.bind(meshes)
-    yield {"meshes": meshes, "groups": groups, "kernels": kernels.select("cpu"), "device": CPU, "dtype": None, "seed": 0}
+    yield {
+        "meshes": meshes,
+        "groups": groups,
+        "kernels": kernels.select("cpu"),
+        "device": CPU,
+        "dtype": None,
+        "seed": 0,
+    }
     dist.destroy_process_group()
 
 
@@ -203,5 +210,3 @@ def test_what_is_left_on_meta_fills_itself_or_is_named() -> None:
 
     with pytest.raises(ConversionError, match=r"'norm' \(NoReset\) is on the meta device and has no reset_parameters"):
         materialize_rest(nn.ModuleDict({"norm": NoReset()}), device=CPU, seed=0)
-
-

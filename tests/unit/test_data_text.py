@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +18,7 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from lightning_npu_tp.errors import DataError
 from lit_models.data import ByteTokenizer, TextDataModule
+from lit_models.data.documents import split_point
 
 CONF = Path(__file__).parents[2] / "conf" / "data"
 
@@ -71,14 +73,15 @@ def test_another_file_moves_no_document_to_the_other_side(tmp_path):
     assert numbers_in(after.val_set) - {100} == numbers_in(before.val_set)
 
 
-@pytest.mark.parametrize("val_fraction", [0.001, 0.999])
-def test_few_documents_still_leave_one_on_each_side(tmp_path, val_fraction):
-    data = data_module(corpus(tmp_path, count=3), val_fraction=val_fraction, sequence_length=8)
+@pytest.mark.parametrize(("val_fraction", "moved"), [(0.001, min), (0.999, max)])
+def test_few_documents_still_leave_the_nearest_on_the_empty_side(tmp_path, val_fraction, moved):
+    data = data_module(corpus(tmp_path, count=5), val_fraction=val_fraction, sequence_length=8, seed=1)
     data.setup()
-    train, validation = numbers_in(data.train_set), numbers_in(data.val_set)
-    assert min(len(train), len(validation)) == 1
-    assert train | validation == {0, 1, 2}
-    assert not train & validation
+    nearest = moved(range(5), key=lambda number: split_point(data.seed, f"{number:03}.txt"))
+    assert nearest != 0  # otherwise taking just the first would pass
+    alone, rest = (data.val_set, data.train_set) if moved is min else (data.train_set, data.val_set)
+    assert numbers_in(alone) == {nearest}
+    assert numbers_in(rest) == set(range(5)) - {nearest}
 
 
 def test_a_lone_document_is_cut_in_two_and_the_summary_says_so(tmp_path):
@@ -118,6 +121,31 @@ def test_limits_bound_each_side(tmp_path):
     assert numbers_in(data.val_set)  # the limit is on training documents
 
 
+def test_reading_stops_when_both_sides_have_enough(tmp_path):
+    (corpus(tmp_path) / "999.txt").write_bytes(b"\xff")
+    data_module(tmp_path, max_tokens=300, max_val_tokens=50).setup()
+    with pytest.raises(DataError, match=r"999\.txt is not UTF-8 text"):
+        data_module(tmp_path, max_tokens=300).setup()  # validation still wants more
+
+
+def test_files_are_read_once_for_all_stages(tmp_path):
+    data = data_module(corpus(tmp_path))
+    data.setup("fit")
+    for file in tmp_path.iterdir():
+        file.unlink()
+    for stage in ("validate", "test", "predict"):
+        data.setup(stage)
+    assert len(list(data.val_dataloader()))
+
+
+def test_validation_keeps_its_last_incomplete_sequence(tmp_path):
+    data = data_module(corpus(tmp_path))
+    data.setup()
+    tokens = data.val_set.stream.num_tokens
+    assert (tokens - 1) % 31  # the last sequence is incomplete, or the test shows nothing
+    assert (data.val_set.num_predicted, data.val_set.num_dropped) == (tokens - 1, 0)
+
+
 def test_documents_without_text_are_counted(tmp_path):
     corpus(tmp_path, count=30)
     (tmp_path / "a.txt").write_text("")
@@ -139,7 +167,12 @@ def test_an_epoch_is_a_new_order_of_the_same_sequences_set_by_the_seed(tmp_path)
     first, second = epoch(data, 0), epoch(data, 1)
     assert not torch.equal(first, second)
     assert sorted(first.tolist()) == sorted(second.tolist())
+    torch.manual_seed(99)  # the run's own seed has no say
     assert torch.equal(epoch(data_module(tmp_path, batch_size=1), 1), second)
+    # Without validation the seed cannot change the split, and what differs is the order.
+    orders = [epoch(data_module(tmp_path, batch_size=1, val_fraction=0, seed=seed), 0) for seed in (0, 1)]
+    assert not torch.equal(*orders)
+    assert sorted(orders[0].tolist()) == sorted(orders[1].tolist())
     ordered = epoch(data_module(tmp_path, batch_size=1, shuffle=False), 1)
     assert torch.equal(ordered, torch.stack([item["input_ids"] for item in data.train_set]))
 
@@ -191,6 +224,18 @@ def test_data_ranks_together_see_the_batches_of_one_process(tmp_path):
     assert len(ranks[0]) == len(ranks[1]) == len(alone)
     for whole, *parts in zip(alone, *ranks, strict=True):
         assert sorted(whole.tolist()) == sorted(torch.cat(parts).tolist())
+
+
+def test_no_training_sequence_is_given_twice_to_even_ranks_out(tmp_path):
+    data = data_module(corpus(tmp_path), batch_size=1)
+    data.setup()
+    replicas = next(number for number in range(2, 9) if len(data.train_set) % number)
+    ranks = [inputs(on_data_rank(data, rank, of=replicas).train_dataloader()) for rank in range(replicas)]
+    assert len({len(of_rank) for of_rank in ranks}) == 1
+    given = [tuple(row.flatten().tolist()) for of_rank in ranks for row in of_rank]
+    stored = Counter(tuple(item["input_ids"].tolist()) for item in data.train_set)
+    assert len(given) == len(data.train_set) // replicas * replicas
+    assert not Counter(given) - stored
 
 
 @pytest.mark.parametrize("replicas", [1, 2, 3])

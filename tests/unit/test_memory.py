@@ -17,7 +17,7 @@ from lightning_npu_tp.plan import match_plan
 
 LITE = Path(__file__).parents[2] / "conf/model/deepseek_v2_lite.yaml"
 PARAMETERS = 15_706_484_224
-EXPERTS = 14_544_797_696
+EXPERTS = 26 * 64 * 3 * 2048 * 1408
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,11 @@ def test_local_shapes_follow_the_split_dimension() -> None:
 def test_each_parameter_gets_its_one_rule() -> None:
     plan = {"*.up.weight": Columns(), "*.down.weight": Rows()}
     matched = match_plan(plan, ["a.up.weight", "b.up.weight", "a.down.weight"], family="test")
-    assert matched == {"a.up.weight": plan["*.up.weight"], "b.up.weight": plan["*.up.weight"], "a.down.weight": plan["*.down.weight"]}
+    assert matched == {
+        "a.up.weight": plan["*.up.weight"],
+        "b.up.weight": plan["*.up.weight"],
+        "a.down.weight": plan["*.down.weight"],
+    }
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,54 @@
+"""A Hydra job that starts one rank, without Torch and Lightning; each process says what its config is."""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import hydra
+import stand_ins  # noqa: F401
+from hydra.utils import get_original_cwd
+from omegaconf import OmegaConf
+
+from lightning_npu_tp.hydra_job import current_job
+from lightning_npu_tp.processes import ChildProcess
+from lightning_npu_tp.sweep import run_job
+
+
+def task(config):
+    rank = int(os.environ.get("LOCAL_RANK", "0"))
+    # What the script itself changes must reach the values that follow it, in every rank.
+    config.base += 1
+    seen = OmegaConf.to_container(config, resolve=True)
+    print(
+        "JOB",
+        json.dumps([config.lr, rank, os.getpid(), seen | {"cwd": os.getcwd(), "from": get_original_cwd()}]),
+        flush=True,
+    )
+    if config.then == "wait":
+        time.sleep(100)
+    if rank == 0:
+        # An edit of the files must not reach the ranks of a job that has been composed already.
+        Path(os.environ["CONF"], "group", "first.yaml").write_text("name: edited\n")
+        job = current_job()
+        child = ChildProcess(
+            "rank 1",
+            job.command(name="rank_1", output_subdir=None),
+            env=os.environ | {"LOCAL_RANK": "1"},
+            cwd=job.original_cwd,
+        )
+        assert child.process.wait() == 0, child.tail()
+        if config.lr == 2:
+            raise ValueError("a learning rate of 2")
+    return {"loss": config.lr / 2}
+
+
+@hydra.main(version_base="1.3", config_path=None, config_name="config")
+def main(config):
+    print("VALUE", os.getpid(), json.dumps(run_job(task, config)), flush=True)
+
+
+if __name__ == "__main__":
+    sys.argv[0] = os.path.relpath(sys.argv[0])
+    main()

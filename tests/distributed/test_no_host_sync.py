@@ -1,0 +1,73 @@
+"""The model's forward and backward pass asks the host nothing and has no shape that depends on data.
+
+Catches an `.item()`, a boolean index, a `nonzero` or a mask decided by looking at it: each stalls an accelerator's
+queue, and some have no Ascend kernel. Counted with the kernels of cuda and npu (the CPU's own read counts).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import DeepseekV2ForCausalLM
+
+from lightning_npu_tp import kernels
+from lightning_npu_tp.convert import convert
+from lightning_npu_tp.layout import Groups, Layout, Meshes
+from lightning_npu_tp.testing.models import random_batch, tiny_deepseek_v2_config, tiny_deepseek_v2_grouped_config
+from lightning_npu_tp.testing.operators import CountOperators
+
+
+def batches(config: Any) -> list[dict[str, torch.Tensor]]:
+    positions = torch.cat([torch.arange(5), torch.arange(7)]).expand(2, -1)
+    return [
+        random_batch(config, 2, 12, seed=0),
+        random_batch(config, 2, 12, seed=0, padding=True),
+        {**random_batch(config, 2, 12, seed=0), "position_ids": positions},
+    ]
+
+
+def count(rank: int, world_size: int, device_type: str, grouped: bool) -> list[str]:
+    make = tiny_deepseek_v2_grouped_config if grouped else tiny_deepseek_v2_config
+    config = make(aux_loss_alpha=0.001, use_cache=True)
+    model = DeepseekV2ForCausalLM(config).to(torch.bfloat16)
+    meshes, groups = Meshes.build(Layout.resolve(world=world_size), "cpu"), Groups()
+    groups.bind(meshes)
+    convert(
+        model,
+        meshes=meshes,
+        groups=groups,
+        kernels=kernels.select(device_type),
+        device=torch.device("cpu"),
+        dtype=None,
+        seed=0,
+    )
+    model.train()
+    found = []
+    for batch in batches(config):
+        with CountOperators() as counter:
+            output = model(**batch)
+            (output.loss + output.aux_loss).backward()
+        found += [str(sighting) for sighting in counter.found()]
+    return found
+
+
+@pytest.mark.parametrize("device_type", ["cuda", "npu"])
+@pytest.mark.parametrize("grouped", [False, True], ids=["greedy", "groups"])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_training_step_has_no_host_sync_and_no_dynamic_shape(
+    on_ranks: Any, world_size: int, device_type: str, grouped: bool
+) -> None:
+    for rank, found in enumerate(on_ranks(count, world_size, device_type, grouped)):
+        assert not found, f"rank {rank}: {found}"
+
+
+def test_the_counter_sees_what_transformers_does() -> None:
+    config = tiny_deepseek_v2_config()
+    config._experts_implementation = "eager"
+    model, batch = DeepseekV2ForCausalLM(config), random_batch(config, 2, 12, seed=0)
+    with CountOperators() as counter:
+        model(**batch).loss.backward()
+    operators = {sighting.operator for sighting in counter.found()}
+    assert any("nonzero" in operator for operator in operators), operators

@@ -1,0 +1,79 @@
+"""Train what conf/ describes: `python train.py trainer.devices=4 optimizer.lr=1e-3`; `-m` sweeps.
+
+Composes the config, builds its parts, validates, fits, validates again. Nothing else lives here: the
+parts are in lit_models/ and lightning_npu_tp/, their settings in conf/. A setting that cannot work ends
+with one line `error: …` and exit code 2; HYDRA_FULL_ERROR=1 shows the traceback too.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from lightning import seed_everything
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from omegaconf import DictConfig
+
+from lightning_npu_tp.errors import DeviceError, LightningNPUTPError
+from lightning_npu_tp.sweep import run_job
+from lit_models.data import check_vocabulary
+from lit_models.instantiate import build, build_each
+from lit_models.run_folder import claim, explain_write_errors, is_follower, register_resolvers
+from lit_models.summary import summary
+
+
+def train(config: DictConfig) -> float | None:
+    """One run; returns the final validation loss in nats per token, None without validation data."""
+    folder = Path(config.run_dir)
+    seed_everything(config.seed, workers=True, verbose=False)
+    # The trainer first: it says at once whether the device is there, before data and model cost anything.
+    warmup = build(config, "warmup")
+    trainer = build(
+        config,
+        "trainer",
+        strategy=build(config, "strategy"),
+        callbacks=[*build_each(config, "callbacks"), *([warmup] if warmup is not None else [])],
+        logger=build_each(config, "logger"),
+    )
+    data = build(config, "data")
+    model = build(config, "model", optimizer=build(config, "optimizer"), scheduler=build(config, "scheduler"))
+    check_vocabulary(data.tokenizer, model.model_config.vocab_size)
+    if not is_follower():
+        claim(folder, config)
+        print(data.summary(), flush=True)
+
+    with explain_write_errors(folder):
+        before = []
+        if config.validate_before:
+            before = trainer.validate(model, data, ckpt_path=config.ckpt_path, verbose=False)
+        trainer.fit(model, data, ckpt_path=config.ckpt_path)
+        after = trainer.validate(model, data, verbose=False)
+    if trainer.is_global_zero:
+        print(summary(before, after, folder), flush=True)
+    return after[0]["val/loss"] if after else None
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="train")
+def run(config: DictConfig) -> float | None:
+    """A job as Hydra calls it: a sweep gives each a process, and what a user can mend is told without a traceback."""
+    try:
+        return run_job(train, config)
+    except (LightningNPUTPError, MisconfigurationException) as error:
+        # A sweep goes on with its other jobs and reports at its end.
+        if HydraConfig.get().mode == RunMode.MULTIRUN or os.environ.get("HYDRA_FULL_ERROR") == "1":
+            raise
+        instead = " `python train.py` alone trains a small model on the CPU." if isinstance(error, DeviceError) else ""
+        print(f"error: {error}{instead}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    # Lightning's own use of a torch name that is going away: nothing that a user could mend.
+    warnings.filterwarnings("ignore", ".*LeafSpec")
+    register_resolvers()
+    run()
