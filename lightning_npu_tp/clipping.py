@@ -123,8 +123,9 @@ def _shared_with(parameter: Tensor) -> tuple[_Ranks, list[dist.ProcessGroup]]:
         for axis, placement in enumerate(parameter.placements)
         if not placement.is_replicate() and not placement.is_partial() and mesh.size(axis) > 1
     ]
-    if math.prod(mesh.size(axis) for axis in axes) == dist.get_world_size() > 1:
-        return (tuple(range(dist.get_world_size())),), [dist.group.WORLD]
+    world = dist.group.WORLD
+    if world is not None and math.prod(mesh.size(axis) for axis in axes) == world.size() > 1:
+        return (tuple(range(world.size())),), [world]
     # Ranks and not groups are the key: the dense and the expert mesh make groups of the same ranks.
     groups = [mesh.get_group(axis) for axis in axes]
     return tuple(sorted(tuple(dist.get_process_group_ranks(group)) for group in groups)), groups

@@ -55,6 +55,14 @@ class ConversionReport:
     local_bytes: int = 0
     rules: dict[str, Rule] = field(default_factory=dict)
 
+    def summary(self) -> str:
+        """One line for the start of a run."""
+        sizes = self.layout
+        return (
+            f"{self.family} sharded over data {sizes.data} x tensor {sizes.tensor}, experts over {sizes.expert}: "
+            f"{self.parameters:,} parameters, {self.local_parameters:,} on each rank ({self.local_bytes / 1e9:.2f} GB)"
+        )
+
 
 def find_models(root: nn.Module, families: Sequence[ModelFamily]) -> Iterator[tuple[str, nn.Module, ModelFamily]]:
     """Supported models inside `root`, outermost first; a model inside another is not listed."""
@@ -298,8 +306,8 @@ def adopt(root: nn.Module, meshes: Meshes) -> list[Groups]:
             continue
         if report.layout != meshes.layout:
             raise ConversionError(
-                f"The model {name or 'root'!r} was sharded for {report.layout}, but this run has {meshes.layout}. Build "
-                f"it anew and load a checkpoint: checkpoints load into any layout."
+                f"The model {name or 'root'!r} was sharded for {report.layout}, but this run has {meshes.layout}. "
+                f"Build it anew and load a checkpoint: checkpoints load into any layout."
             )
         report.groups.bind(meshes)
         adopted.append(report.groups)

@@ -116,8 +116,9 @@ def write_snapshot(source: Path, target: Path) -> None:
     """Copy a saved config, with the values that differ between processes filled in; other interpolations stay."""
     omegaconf = sys.modules["omegaconf"]
     config = omegaconf.OmegaConf.load(source)
-    # The clock that this process has already read for its folder is the clock of the others.
-    omegaconf.OmegaConf.copy_cache(sys.modules["hydra.core.hydra_config"].HydraConfig.instance().cfg, config)
+    # The clock that this process has read for its folder is the clock of the others. The whole composed config, which
+    # remembers it, is not public; only its part "hydra" is.
+    omegaconf.OmegaConf.copy_cache(_hydra_config()._get_root(), config)
     _freeze(config, omegaconf.OmegaConf.to_container(config, resolve=False), omegaconf)
     # Written aside and renamed: the first nodes of several machines may share the folder.
     partial = target.with_name(f"{target.name}.{os.uname().nodename}.{os.getpid()}")

@@ -111,7 +111,8 @@ def rebuild_precision(plugin: stock.Precision, device_type: str) -> stock.Precis
             return plugin
         if type(plugin) in (stock.MixedPrecision, MixedPrecision):
             scaler = _rebuild_scaler(plugin.scaler, device_type) if plugin.scaler is not None else None
-            return MixedPrecision(plugin.precision, device_type, scaler)
+            precision: Literal["16-mixed", "bf16-mixed"] = "16-mixed" if name == "16-mixed" else "bf16-mixed"
+            return MixedPrecision(precision, device_type, scaler)
     if isinstance(plugin, ShardedClipping):
         return plugin
     if type(plugin) is stock.Precision:

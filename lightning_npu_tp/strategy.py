@@ -26,7 +26,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import ParallelStrategy, StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 from lightning_utilities.core.rank_zero import rank_zero_only as utils_rank_zero_only
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -36,14 +36,15 @@ from lightning_npu_tp import kernels as kernel_choice
 from lightning_npu_tp import module_setup
 from lightning_npu_tp.checkpoint import training_state
 from lightning_npu_tp.collectives import group_size
-from lightning_npu_tp.convert import ConversionReport, adopt, convert, materialize_rest
-from lightning_npu_tp.device import backend_for
+from lightning_npu_tp.convert import adopt, convert, materialize_rest
+from lightning_npu_tp.device import NPU, backend_for
 from lightning_npu_tp.errors import CheckpointError, ConfigError, ConversionError
 from lightning_npu_tp.families.family import ModelFamily
 from lightning_npu_tp.families.registry import supported
-from lightning_npu_tp.hccl.env import HcclSettings
+from lightning_npu_tp.hccl.env import HcclSettings, SettingsReport
 from lightning_npu_tp.launcher import ProcessLauncher, check_world
 from lightning_npu_tp.layout import Groups, Layout, Meshes, Size
+from lightning_npu_tp.loops import use_quiet_epoch_loop
 from lightning_npu_tp.precision import precision_dtype, rebuild_precision
 from lightning_npu_tp.process_group import close_process_group, open_process_group
 from lightning_npu_tp.reduction import reduce_over_data
@@ -108,6 +109,7 @@ class NPUTensorParallelStrategy(ParallelStrategy):
         self._kernel_overrides = dict(kernels or {})
         self._timeout = timedelta(seconds=timeout_s)
         self._hccl = hccl
+        self._hccl_report: SettingsReport | None = None
         self._full_checkpoints = not save_distributed_checkpoint
         self._weights_only = checkpoint_weights_only
         self._init_seed = init_seed
@@ -116,7 +118,6 @@ class NPUTensorParallelStrategy(ParallelStrategy):
         self._adopted: list[Groups] = []
         self._layout: Layout | None = None
         self.num_nodes = 1
-        self.reports: list[ConversionReport] = []
 
     # --- what the connector asks while the Trainer is built -----------------------------------
 
@@ -213,8 +214,10 @@ class NPUTensorParallelStrategy(ParallelStrategy):
 
     def _open(self) -> None:
         close_process_group()
-        if self._hccl is not None and self.root_device.type == "npu":
-            self._hccl.apply()
+        if self._hccl is not None and self.root_device.type == NPU:
+            self._hccl_report = self._hccl.apply()
+            for line in self._hccl_report.lines():
+                rank_zero_info(line)
         backend = self._backend or backend_for(self.root_device.type)
         assert self.cluster_environment is not None
         open_process_group(self.cluster_environment, backend=backend, timeout=self._timeout, device=self.root_device)
@@ -242,6 +245,9 @@ class NPUTensorParallelStrategy(ParallelStrategy):
         for groups in (self._groups, *self._adopted):
             groups.close()
         close_process_group()
+        if self._hccl_report is not None:
+            self._hccl_report.undo()
+            self._hccl_report = None
 
     # --- setup and teardown --------------------------------------------------------------------
 
@@ -269,6 +275,7 @@ class NPUTensorParallelStrategy(ParallelStrategy):
         self.setup_precision_plugin()
         if trainer.state.fn == TrainerFn.FITTING:
             _optimizers_to_device(self.optimizers, self.root_device)
+            use_quiet_epoch_loop(trainer)
 
     def _convert_models(self, module: LightningModule) -> None:
         self._adopted = adopt(module, self.meshes)
@@ -287,7 +294,8 @@ class NPUTensorParallelStrategy(ParallelStrategy):
                 dtype=precision_dtype(self.precision_plugin),
                 seed=self.broadcast(seed),
             )
-            self.reports += found
+            for report in found:
+                rank_zero_info(report.summary())
         if not any(isinstance(parameter, DTensor) for parameter in module.parameters()):
             names = [*(family.name for family in self._families), *supported()]
             inside = sorted({type(child).__name__ for child in module.children()}) or ["nothing"]

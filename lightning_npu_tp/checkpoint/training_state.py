@@ -122,10 +122,10 @@ def _read(path: Path, weights_only: bool | None) -> dict[str, Any]:
         return torch.load(path, map_location="cpu", weights_only=True if weights_only is None else weights_only)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
+        what = f" ({found[1]})" if found else ""
         raise CheckpointError(
-            f"{path} holds Python objects that are not plain data{f' ({found[1]})' if found else ''}; loading them could "
-            f"run code. Store plain containers in the hyper-parameters; for a file that you trust, set "
-            f"strategy.checkpoint_weights_only=false."
+            f"{path} holds Python objects that are not plain data{what}; loading them could run code. Store "
+            f"plain containers in the hyper-parameters; for a file that you trust, set strategy.checkpoint_weights_only=false."
         ) from error
 
 

@@ -195,7 +195,7 @@ class RankPool:
             waiting = [r for r in range(self.world_size) if r not in outcome.results and r not in outcome.failures]
             if not waiting or (stop_at_failure and outcome.failures):
                 return
-            pipes = {self._pipes[rank]: rank for rank in waiting}
+            pipes: dict[Any, int] = {self._pipes[rank]: rank for rank in waiting}
             ready = connection.wait(list(pipes), max(0.0, deadline - time.monotonic()))
             if not ready:
                 return

@@ -23,6 +23,11 @@ _WIDER = {
     "torch.FloatTensor": "torch.DoubleTensor",
     torch.FloatTensor: torch.DoubleTensor,
 }
+_WIDER_METHODS: dict[Any, Callable[..., Any]] = {
+    Tensor.float: Tensor.double,
+    # torch declares these two for no type checker.
+    Tensor.cfloat: Tensor.cdouble,  # type: ignore[attr-defined]
+}
 
 
 class _WiderMode(TorchFunctionMode):
@@ -31,10 +36,7 @@ class _WiderMode(TorchFunctionMode):
     ) -> Any:
         args = tuple(_wider(arg) for arg in args)
         kwargs = {name: _wider(arg) for name, arg in (kwargs or {}).items()}
-        if func is torch.Tensor.float:
-            func = torch.Tensor.double
-        elif func is torch.Tensor.cfloat:
-            func = torch.Tensor.cdouble
+        func = _WIDER_METHODS.get(func, func)
         return func(*args, **kwargs)
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 import yaml
@@ -23,7 +24,7 @@ def light(tmp_path):
         folder = tmp_path / f"run{len(runs)}"
         conf = shutil.copytree(SCRIPTS / "conf_light", folder / "conf")
         script = (script,) if isinstance(script, os.PathLike) else script
-        runs.append(Run(*script, "-cp", conf, *arguments, folder=folder, CONF=str(conf)))
+        runs.append(Run(*script, "-cp", conf, "-cn", "config", *arguments, folder=folder, CONF=str(conf)))
         return runs[-1]
 
     yield light
@@ -75,18 +76,27 @@ def test_each_job_of_a_sweep_runs_once_in_its_own_processes_with_its_own_config(
     assert "ended with exit code 1" in report and "ValueError: a learning rate of 2" in report, run
 
 
+def test_the_ranks_of_a_single_job_share_its_config_and_its_clock(light):
+    run = light("lr=4")
+    assert run.end(30) == 0, run
+    (_, first), (_, second) = (jobs(run)[4, rank] for rank in (0, 1))
+    assert first == second, run
+    assert first["folder"] == str(run.folder / NAME / first["stamp"]), run
+
+
 @pytest.mark.parametrize("script", [SCRIPTS / "hydra_light.py", ("-m", "hydra_light")], ids=["script", "module"])
 def test_a_job_that_saves_no_config_is_composed_again_for_its_ranks(light, script):
-    arguments = ("hydra.output_subdir=null", "hydra.job.chdir=false", "lr=7", "+more=[1,{a: 'x, y=z'}]")
-    run = light(*arguments, script=script)
+    settings = ("hydra.output_subdir=null", "hydra.job.chdir=false", "hydra/job_logging=none")
+    run = light(*settings, "lr=7", "+more=[1,{a: 'x, y=z'}]", script=script)
     assert run.end(30) == 0, run
     (_, first), (_, second) = (jobs(run)[7, rank] for rank in (0, 1))
+    # No log of rank 1 either: the job's own settings of Hydra apply to it.
+    assert list(Path(first["folder"]).iterdir()) == []
     for config in first, second:
         # Composed from the files as they are now, at another time.
         del config["group"], config["stamp"]
     assert first == second, run
     assert first["more"] == [1, {"a": "x, y=z"}] and first["cwd"] == str(run.folder), run
-    assert not (run.folder / NAME / ".hydra").exists()
 
 
 @pytest.mark.parametrize("target", ["the sweep", "its job"])

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torchmetrics
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -230,7 +230,9 @@ def lifecycle(rank: int, world_size: int, folder: str) -> dict[str, Any]:
     # The same batch, before anything was learnt and after the first fit.
     result["loss"] = (before[0], module.losses[len(before)])
     fresh = Module()
-    result["restored"] = trainer().validate(fresh, data(), ckpt_path=f"{folder}/after_fit", verbose=False)[0]["val_loss"]
+    result["restored"] = trainer().validate(fresh, data(), ckpt_path=f"{folder}/after_fit", verbose=False)[0][
+        "val_loss"
+    ]
     result["open at the end"] = dist.is_initialized()
     return result
 
@@ -284,7 +286,9 @@ def refusals(rank: int, world_size: int) -> None:
 
     with pytest.raises(ConfigError, match="2 processes were started.*trainer.devices=4"):
         trainer(devices=4)
-    with pytest.raises(ConversionError, match=r"Nothing holds no model that can be sharded \(it has Linear\).*deepseek_v2"):
+    with pytest.raises(
+        ConversionError, match=r"Nothing holds no model that can be sharded \(it has Linear\).*deepseek_v2"
+    ):
         trainer().fit(Nothing(), DataLoader(torch.randn(4, 2)))
     with pytest.raises(ConfigError, match=r"tensor_parallel_size=3 does not divide the 2 devices.*\[1, 2\]"):
         trainer(NPUTensorParallelStrategy(tensor_parallel_size=3))
@@ -313,3 +317,41 @@ def anomaly(rank: int, world_size: int) -> list[float]:
 def test_anomaly_detection_works(on_ranks: Any) -> None:
     first, second = on_ranks(anomaly, WORLD, backend=None)
     assert len(first) == 4 and first == second
+
+
+class Calls(Callback):
+    """What happens between the first batch and the last."""
+
+    def __init__(self) -> None:
+        self.broadcasts = 0
+        self.plain = dist.broadcast
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        dist.broadcast = self.broadcast
+
+    def broadcast(self, *arguments: Any, **options: Any) -> Any:
+        self.broadcasts += 1
+        return self.plain(*arguments, **options)
+
+    def on_train_epoch_end(self, *_: Any) -> None:
+        dist.broadcast = self.plain
+
+
+def steps(rank: int, world_size: int) -> dict[str, Any]:
+    calls, bound = Calls(), []
+    strategy = NPUTensorParallelStrategy(accelerator=CPUAccelerator())
+    run = trainer(strategy, accelerator="auto", callbacks=[calls], max_epochs=2)
+    setup_device = run.accelerator.setup_device
+    run.accelerator.setup_device = lambda device: (bound.append(device), setup_device(device))
+    run.fit(Module(), data())
+    run.fit_loop.max_epochs = 3
+    steps_before = run.global_step
+    run.fit(Module(), data())
+    return {"broadcasts": calls.broadcasts, "bound": len(bound), "steps": (steps_before, run.global_step)}
+
+
+def test_a_training_step_broadcasts_nothing_and_a_trainer_call_binds_the_device_once(on_ranks: Any) -> None:
+    for result in on_ranks(steps, WORLD, backend=None):
+        assert result["broadcasts"] == 0, "Lightning asks all ranks for signals before each batch"
+        assert result["bound"] == 2, "once per fit"
+        assert result["steps"] == (8, 12), "the second fit goes on counting"

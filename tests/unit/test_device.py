@@ -164,10 +164,20 @@ def test_a_module_without_a_spec_counts_as_installed(monkeypatch):
     assert device.autoload_problem() is not None
 
 
+ROOT = Path(device.__file__).parents[1]
+# The module alone, without what the package's own __init__ imports.
+DEVICE_ALONE = f"""
+import sys, types
+package = types.ModuleType("lightning_npu_tp")
+package.__path__ = [{str(ROOT / "lightning_npu_tp")!r}]
+sys.modules["lightning_npu_tp"] = package
+from lightning_npu_tp import device
+"""
+
+
 def python(code: str, path: str) -> subprocess.CompletedProcess[str]:
-    root = str(Path(device.__file__).parents[1])
     environment = {name: value for name, value in os.environ.items() if name != "TORCH_DEVICE_BACKEND_AUTOLOAD"}
-    environment["PYTHONPATH"] = os.pathsep.join((path, root))
+    environment["PYTHONPATH"] = os.pathsep.join((path, str(ROOT)))
     return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
 
 
@@ -175,12 +185,8 @@ def test_the_import_crash_of_torch_itself_becomes_one_sentence(tmp_path):
     path = fake_torch_npu(tmp_path, WITHOUT_CANN, autoload=True)
     crash = python("import torch", path)
     assert crash.returncode != 0 and "Failed to load the backend extension: torch_npu" in crash.stderr
-    load = f"import importlib.util as u; s = u.spec_from_file_location('device', {device.__file__!r})"
-    # The module alone, as it is before the package has imported torch.
     explained = python(
-        f"{load}; d = u.module_from_spec(s); s.loader.exec_module(d); d._CANN_LIBRARIES = {ABSENT}\n"
-        "with d.explained_import():\n    import torch",
-        path,
+        f"{DEVICE_ALONE}\ndevice._CANN_LIBRARIES = {ABSENT}\nwith device.explained_import():\n    import torch", path
     )
     assert explained.returncode != 0
     assert "DeviceError: torch_npu is installed, but CANN's" in explained.stderr.splitlines()[-1]
@@ -188,7 +194,7 @@ def test_the_import_crash_of_torch_itself_becomes_one_sentence(tmp_path):
 
 def test_importing_the_device_module_imports_no_torch_npu(tmp_path):
     path = fake_torch_npu(tmp_path, "raise SystemExit('torch_npu was imported')\n")
-    result = python("import lightning_npu_tp.device as d; d.backend_for('npu'); d.torch_module('cpu')", path)
+    result = python(f"{DEVICE_ALONE}\ndevice.backend_for('npu')\ndevice.torch_module('cpu')", path)
     assert result.returncode == 0, result.stderr
 
 

@@ -91,6 +91,11 @@ def test_a_precision_that_the_device_lacks_is_refused_with_those_that_work(given
         rebuild_precision(given, "npu")
 
 
+def test_a_mixed_plugin_made_by_hand_has_the_agreed_scaler():
+    assert isinstance(ours.MixedPrecision("16-mixed", "cpu").scaler, AgreedGradScaler)
+    assert ours.MixedPrecision("bf16-mixed", "cpu").scaler is None
+
+
 class Stranger(stock.MixedPrecision):
     pass
 

@@ -41,6 +41,7 @@ def test_every_request_for_float32_becomes_float64_inside_and_stays_itself_outsi
         lambda: torch.nn.Linear(2, 2).float().weight,
         lambda: torch.polar(one.float(), one.float()).abs(),
         lambda: one.to(torch.complex64).abs(),
+        lambda: one.cfloat().abs(),
     ]
     for request in requests:
         assert request().dtype == torch.float32 or "polar" in request.__code__.co_names

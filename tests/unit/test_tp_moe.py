@@ -315,6 +315,19 @@ def test_mixed_precision(device_type):
     assert matmuls.seen.count(torch.bfloat16) >= 9 + 6
 
 
+def test_activation_out_of_autocasts_reach():
+    """On a card autocast widens some activations (gelu_new, mish) to float32, which the next matmul would refuse."""
+    experts = RoutedExperts(
+        hidden_size=8, expert_width=8, num_local_experts=2, kernels=select("cpu"), hidden_act="gelu_new"
+    )
+    activation, seen = experts.act_fn, []
+    experts.act_fn = lambda gate: seen.append(torch.is_autocast_enabled("cpu")) or activation(gate)
+    rows = sort_picks(torch.tensor([[1], [0]]), first=0, num_local=2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        experts(torch.randn(2, 8), torch.ones(2, 1), rows)
+    assert seen == [False]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("overrides", [{"grouped_matmul": "torch_native"}, {"grouped_matmul": "reference"}], ids=str)
 def test_no_dynamic_operators(overrides, dtype):

@@ -3,6 +3,7 @@
 import os
 
 import hydra
+from say import say
 from tiny import TinyModel, tiny_trainer
 
 from lightning_npu_tp.sweep import run_job
@@ -19,14 +20,14 @@ def train(config):
     trainer.fit(model)
     trainer.validate(model, verbose=False)
     world, names = trainer.world_size, ("LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    print("JOB", config.devices, rank, world, os.getpid(), sum(name in os.environ for name in names), flush=True)
+    say("JOB", config.devices, rank, world, os.getpid(), sum(name in os.environ for name in names))
     return trainer.callback_metrics["val"]
 
 
 @hydra.main(version_base="1.3", config_path="conf_heavy", config_name="config")
 def main(config):
     if config.fresh:
-        print("VALUE", type(run_job(train, config)).__name__, flush=True)
+        say("VALUE", type(run_job(train, config)).__name__)
     else:
         train(config)
 

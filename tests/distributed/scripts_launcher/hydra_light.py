@@ -10,6 +10,7 @@ import hydra
 import stand_ins  # noqa: F401
 from hydra.utils import get_original_cwd
 from omegaconf import OmegaConf
+from say import say
 
 from lightning_npu_tp.hydra_job import current_job
 from lightning_npu_tp.processes import ChildProcess
@@ -21,10 +22,9 @@ def task(config):
     # What the script itself changes must reach the values that follow it, in every rank.
     config.base += 1
     seen = OmegaConf.to_container(config, resolve=True)
-    print(
+    say(
         "JOB",
         json.dumps([config.lr, rank, os.getpid(), seen | {"cwd": os.getcwd(), "from": get_original_cwd()}]),
-        flush=True,
     )
     if config.then == "wait":
         time.sleep(100)
@@ -44,9 +44,9 @@ def task(config):
     return {"loss": config.lr / 2}
 
 
-@hydra.main(version_base="1.3", config_path=None, config_name="config")
+@hydra.main(version_base="1.3", config_path=None, config_name="given by the command line")
 def main(config):
-    print("VALUE", os.getpid(), json.dumps(run_job(task, config)), flush=True)
+    say("VALUE", os.getpid(), json.dumps(run_job(task, config)))
 
 
 if __name__ == "__main__":

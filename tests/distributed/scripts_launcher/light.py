@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 
+from say import say
 from stand_ins import LostPeer
 
 from lightning_npu_tp.processes import ChildProcess, parent_channel
@@ -34,7 +35,7 @@ def main():
         time.sleep(100)
     else:
         act_as(channel.call)
-    print("END", rank, flush=True)
+    say("END", rank)
 
 
 def start(number):
@@ -68,7 +69,9 @@ def act_as(call):
             if rank == 0:
                 fail()
             call(block)
-        case "rank-0-raises" | "rank-0-hangs-unwinding", 1:
+        case "rank-0-raises", 1:
+            call(complain)
+        case "rank-0-hangs-unwinding", 1:
             call(block)
         case "rank-0-raises", 0:
             call(fail)
@@ -80,13 +83,13 @@ def act_as(call):
             finally:
                 # Longer than the others wait for a rank that does not raise.
                 time.sleep(6)
-                print("SAVED", rank, flush=True)
+                say("SAVED", rank)
         case "all-raise-and-catch", _:
-            for _ in range(2):
-                try:
-                    call(fail)
-                except ValueError:
-                    time.sleep(1)
+            try:
+                call(fail)
+            except ValueError:
+                # Longer than rank 0 waits for a rank that has raised alone.
+                time.sleep(6 * rank)
             call(lambda: None)
         case "three-ranks", 1:
             call(lambda: (time.sleep(0.5), fail()))
@@ -116,6 +119,13 @@ def lose_peer(seconds):
     raise LostPeer("Connection closed by peer")
 
 
+def complain():
+    """Write to stderr all the time."""
+    for _ in range(1000):
+        os.write(2, b"rank 1 complains\n")
+        time.sleep(0.02)
+
+
 def block():
     """Wait in C as a collective does: no handler runs, and no signal ends the wait."""
     signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
@@ -123,7 +133,7 @@ def block():
 
 
 def say_ready():
-    print("READY", os.getpid(), flush=True)
+    say("READY", os.getpid())
 
 
 def say_ready_and_wait():
@@ -149,7 +159,7 @@ def end_a_forked_worker():
     worker.join()
     time.sleep(1)
     watch.close(unwinding=False)
-    print("HANDLER", signal.getsignal(signal.SIGTERM), signal.set_wakeup_fd(-1), worker.exitcode, flush=True)
+    say("HANDLER", signal.getsignal(signal.SIGTERM), signal.set_wakeup_fd(-1), worker.exitcode)
 
 
 if __name__ == "__main__":

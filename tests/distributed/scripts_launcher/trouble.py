@@ -17,13 +17,14 @@ def fail():
 if case == "raise-at-import" and rank == 1:
     fail()
 
+from say import say  # noqa: E402
 from tiny import TinyModel, tiny_trainer  # noqa: E402
 
 
 def at_step(model, step):
     if step == 0:
         return
-    print("READY", rank, os.getpid(), flush=True)
+    say("READY", rank, os.getpid())
     if case == "raise-in-step" and rank == 1 or case == "rank-0-raises" and rank == 0:
         fail()
     if case == "killed" and rank == 1:
