@@ -1,12 +1,16 @@
 """Train mixture-of-experts language models sharded over Ascend NPUs with PyTorch Lightning.
 
 Importing this package registers the accelerator "npu" and the strategy "npu_tp" with Lightning. It
-touches no device, sets no environment variable and never imports torch_npu.
+touches no device, sets no environment variable and does not ask for torch_npu itself; torch and
+transformers import it where it is installed, and where that fails the error says what to do.
 """
 
-from lightning_npu_tp.accelerator import NPUAccelerator, register
-from lightning_npu_tp.families.family import ModelFamily
-from lightning_npu_tp.strategy import NPUTensorParallelStrategy, register_strategy
+from lightning_npu_tp.device import explained_import
+
+with explained_import():
+    from lightning_npu_tp.accelerator import NPUAccelerator, register
+    from lightning_npu_tp.families.family import ModelFamily
+    from lightning_npu_tp.strategy import NPUTensorParallelStrategy, register_strategy
 
 __all__ = ["ModelFamily", "NPUAccelerator", "NPUTensorParallelStrategy"]
 

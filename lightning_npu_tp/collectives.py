@@ -103,8 +103,15 @@ def gather_last_dim(tensor: Tensor, sizes: Sequence[int], group: dist.ProcessGro
     tensor: local [..., sizes[rank]]. sizes: every rank's size, zeros allowed.
     Returns global [..., sum(sizes)], replicated.
     Gradient: this rank's slice, since what follows is computed alike on every rank.
+    Raises CountMismatch before communicating for sizes that are not the ranks'.
     """
-    return tensor if group_size(group) == 1 else _GatherLastDim.apply(tensor, sizes, group)
+    ranks, rank = group_size(group), group_rank(group)
+    if len(sizes) != ranks or sizes[rank] != tensor.shape[-1]:
+        raise CountMismatch(
+            f"sizes={list(sizes)} must have one entry for each of the {ranks} ranks, and rank {rank}'s must be the "
+            f"{tensor.shape[-1]} columns that it holds."
+        )
+    return tensor if ranks == 1 else _GatherLastDim.apply(tensor, sizes, group)
 
 
 class _ExchangeRows(torch.autograd.Function):

@@ -59,16 +59,15 @@ class ProcessLauncher(_SubprocessScriptLauncher):
         Returns what the function returned on this rank.
         Raises RankFailure if the call failed here because of another rank of this machine.
         """
-        check_world(self.cluster_environment, self.num_processes, self.num_nodes)
         self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
         call = functools.partial(self._run, function, args, kwargs)
-        if not self.cluster_environment.creates_processes_externally:
-            with _restored_environment():
+        with _restored_environment():
+            if not self.cluster_environment.creates_processes_externally:
                 self._current = self._ranks_of_this_job()
                 self.procs = [child.process for child in self._current.children]
                 return self._current.call(call)
-        channel = parent_channel()
-        return call() if channel is None else channel.call(call)
+            channel = parent_channel()
+            return call() if channel is None else channel.call(call)
 
     @override
     def kill(self, signum: int) -> None:

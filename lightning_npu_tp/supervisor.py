@@ -147,7 +147,6 @@ class Supervisor:
 
         If it is rank 0's own, the other ranks fall silent, so that its traceback stays the last one.
         """
-        self._raised_calls.add(self._calls)
         if self._blamed is not None:
             return
         self._own_failure = Failure(
@@ -165,6 +164,8 @@ class Supervisor:
                 if (cause := self.cause()) is not None and not cause.consequence:
                     self._raise_for(cause, error)
                 time.sleep(0.05)
+        # Only now: until here what another rank raised in this call was evidence against it.
+        self._raised_calls.add(self._calls)
         for child in self.children:
             child.muted = True
 

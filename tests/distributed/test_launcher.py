@@ -40,18 +40,23 @@ def last_line(run):
 
 def test_two_trainers_of_one_script_use_the_same_ranks_and_leave_nothing_behind(start):
     run = start("plain.py", OMP_NUM_THREADS="")
-    assert run.end(90) == 0, run
+    assert run.end(240) == 0, run
     ends = sorted(run.said("END"))
     assert [end.split()[0] for end in ends] == ["0", "1"], run
     assert ends[0].split()[1] == ends[1].split()[1], run
     result = json.loads(run.said("RESULT")[0])
     assert result["restored"], run
     assert result["inside"] == ["0", "2", "127.0.0.1", ""], run
+    refused = sorted(run.said("REFUSED"))
+    assert refused[0].startswith("2 processes were started, but trainer.devices=3 and trainer.num_nodes=1 ask for 3"), (
+        run
+    )
+    assert refused[1].startswith("This Trainer asks for 3 processes, but the script has already started 2"), run
 
 
 def test_a_rank_that_dies_before_the_process_group_exists_is_an_error_of_the_call(start):
     for run in [start("trouble.py", case) for case in ("raise-at-import", "raise-before-group")]:
-        assert run.end(60) == 1, run
+        assert run.end(120) == 1, run
         assert last_line(run) == "ValueError: rank 1 came to grief", run
 
 
@@ -68,7 +73,7 @@ def test_the_rank_that_failed_in_a_step_is_named_last(start):
 
 
 def test_a_signal_to_one_rank_ends_all_even_when_blocked_in_a_collective(start):
-    cases = ("rank-1-blocked", "blocked", "blocked", "wait")
+    cases = ("blocked", "blocked", "blocked", "wait")
     to_rank_1, to_rank_0, interrupted, killed = runs = [start("trouble.py", case) for case in cases]
     for run in runs:
         run.until("READY 0").until("READY 1")
@@ -80,14 +85,14 @@ def test_a_signal_to_one_rank_ends_all_even_when_blocked_in_a_collective(start):
     assert killed.end(2) == -signal.SIGKILL, killed
     for run, code in ((to_rank_1, 143), (to_rank_0, 143), (interrupted, 130)):
         assert run.end(deadline - time.monotonic()) == code, run
-    assert "did not end by itself within 8 s of SIGTERM" in to_rank_0.stderr, to_rank_0
+        assert "did not end by itself within 8 s of SIG" in run.stderr, run
 
 
 def test_torchrun_with_another_number_of_processes_is_told_both_numbers(start):
     endpoint = ("--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0")
     torchrun = ("-m", "torch.distributed.run", "--nproc-per-node=1", *endpoint)
     run = start("trouble.py", "wrong-count", interpreter=torchrun)
-    assert run.end(60) == 1, run
+    assert run.end(120) == 1, run
     assert "1 processes were started, but trainer.devices=3 and trainer.num_nodes=1 ask for 3" in run.stderr, run
 
 

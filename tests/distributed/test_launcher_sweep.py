@@ -55,7 +55,7 @@ def jobs(run):
 
 def test_each_job_of_a_sweep_runs_once_in_its_own_processes_with_its_own_config(light):
     run = light("-m", "lr=1,2,3")
-    assert run.end(60) == 1, run
+    assert run.end(120) == 1, run
     found = jobs(run)
     assert sorted(found) == [(lr, rank) for lr in (1, 2, 3) for rank in (0, 1)], run
     assert len({pid for pid, _ in found.values()} | {run.process.pid}) == 7, run
@@ -110,7 +110,7 @@ def test_sigterm_ends_a_sweep_with_its_job(light, target):
 
 def test_the_first_job_of_a_sweep_may_fail_on_two_devices_and_the_second_trains_on_one(heavy):
     run = heavy("-m", "devices=2,1", "fails=true")
-    assert run.end(90) == 1, run
+    assert run.end(240) == 1, run
     assert [line.split()[:3] for line in run.said("JOB")] == [["1", "0", "1"]], run
     # A tensor in the job, a number in the process that runs the sweep.
     assert run.said("VALUE") == ["Tensor", "float"], run
@@ -122,7 +122,7 @@ def test_the_first_job_of_a_sweep_may_fail_on_two_devices_and_the_second_trains_
 
 def test_a_sweep_in_one_process_gives_each_job_its_own_ranks_and_leaks_nothing(heavy):
     run = heavy("-m", "fresh=false", "devices=2,1", "fails=true,false")
-    assert run.end(90) == 1, run
+    assert run.end(240) == 1, run
     lines = [line.split() for line in run.said("JOB")]
     assert sorted(line[:3] for line in lines) == [["1", "0", "1"], ["1", "0", "1"], ["2", "0", "2"], ["2", "1", "2"]], (
         run

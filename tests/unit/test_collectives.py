@@ -28,6 +28,12 @@ def test_a_single_process_needs_no_group_and_passes_tensors_through():
     assert gather_last_dim(first, [2], None) is first
 
 
+@pytest.mark.parametrize("sizes", [[3], [2, 0], []])
+def test_sizes_that_are_not_the_ranks_are_refused(sizes):
+    with pytest.raises(CountMismatch, match="one entry for each of the 1 ranks, and rank 0's must be the 2 columns"):
+        gather_last_dim(torch.ones(4, 2), sizes, None)
+
+
 def test_exchanging_rows_with_oneself_copies_them():
     rows = torch.randn(3, 2, requires_grad=True)
     received = exchange_rows(rows, [3], [3], None)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lightning_npu_tp.errors import ConfigError
-from lightning_npu_tp.kernels import Kernels, pages, select
+from lightning_npu_tp.kernels import Kernels, cpu_experts, pages, select
 from lightning_npu_tp.kernels.cpu_experts import expert_mlp
 from lightning_npu_tp.kernels.grouped import GroupedPrimitives, RowGroups, grouped_matmul
 from lightning_npu_tp.kernels.rows import rows_to_tokens, sort_picks, tokens_to_rows
@@ -116,8 +116,10 @@ def dense_experts(x, weights, ids, gate_up, down, experts):
     return y
 
 
+@pytest.mark.parametrize("chunk_rows", [1, 4, 1024])
 @pytest.mark.parametrize("first, num_local", [(0, 6), (2, 2), (4, 2)])
-def test_the_fused_experts_equal_token_by_token_experts(first, num_local):
+def test_the_fused_experts_equal_token_by_token_experts(monkeypatch, first, num_local, chunk_rows):
+    monkeypatch.setattr(cpu_experts, "_CHUNK_ROWS", chunk_rows)
     x, weights, ids, gate_up, down = experts_problem()
     grad = torch.randn(7, 8, dtype=torch.float64)
     local = slice(first, first + num_local)
@@ -130,6 +132,16 @@ def test_the_fused_experts_equal_token_by_token_experts(first, num_local):
     assert_close_relative(actual, expected, 1e-14, "output")
     for what, got, wanted in zip(("tokens", "weights", "gate_up", "down"), actual_grads, expected_grads, strict=True):
         assert_close_relative(got, wanted, 1e-14, f"gradient of {what}")
+
+
+def test_the_fused_experts_give_the_same_bits_each_time():
+    x, weights, ids, gate_up, down = experts_problem(torch.float32, num_tokens=200)
+    rows, runs = sort_picks(ids, first=0, num_local=6), []
+    torch.set_num_threads(2)
+    for _ in range(3):
+        y = expert_mlp(x, weights, rows, gate_up, down)
+        runs.append((y, *torch.autograd.grad(y.square().sum(), (x, weights, gate_up, down))))
+    assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
 
 
 def test_the_fused_experts_compute_in_the_dtype_of_the_tokens_and_keep_that_of_the_weights():

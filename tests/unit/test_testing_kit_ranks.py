@@ -36,8 +36,10 @@ def raise_on_rank_one(rank, world_size):
 
 def die_on_rank_one(rank, world_size):
     if rank == 1:
+        # Rank 0 reports first, as a rank often does whose peer's connection broke.
+        time.sleep(0.2)
         os._exit(3)
-    dist.barrier()
+    raise ConnectionError("lost rank one")
 
 
 def hang_on_rank_one(rank, world_size):
@@ -77,7 +79,8 @@ def pool():
         yield pool
 
 
-def test_results_come_back_in_rank_order_from_seeded_single_threaded_processes(folder):
+def test_results_come_back_in_rank_order_from_seeded_single_threaded_processes(folder, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     results = run_ranks(sum_of_ranks, 2, torch.ones(3, dtype=torch.bfloat16))
     assert [result[0] for result in results] == [0, 1]
     for _, total, pid, threads, random in results:
@@ -116,7 +119,9 @@ def test_the_failing_ranks_own_traceback_is_raised_and_the_next_call_works(pool)
 
 
 def test_a_rank_that_dies_is_named_before_the_peers_that_lost_it(pool):
-    with pytest.raises(RankFailure, match=r"rank 1 of 2 failed:\s+rank 1 died without a word; exit code 3"):
+    with pytest.raises(
+        RankFailure, match=r"rank 1 of 2 failed:\s+rank 1 died without a word; exit code 3(.|\n)*lost rank one"
+    ):
         pool.run(die_on_rank_one)
 
 

@@ -18,12 +18,15 @@ from transformers import DeepseekV2Config
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Moe
 
 from lightning_npu_tp.collectives import exchange_rows
+from lightning_npu_tp.convert import convert
 from lightning_npu_tp.errors import ConfigError
 from lightning_npu_tp.kernels import select
 from lightning_npu_tp.kernels.rows import sort_picks
+from lightning_npu_tp.layout import Groups, Layout, Meshes
 from lightning_npu_tp.moe.block import MoEBlock
 from lightning_npu_tp.moe.experts import RoutedExperts
 from lightning_npu_tp.moe.router import TopKRouter
+from lightning_npu_tp.testing.models import random_batch, reference_model, tiny_deepseek_v2_config
 from lightning_npu_tp.testing.operators import CountOperators
 from lightning_npu_tp.testing.reference import assert_close_relative, float64_reference
 
@@ -223,6 +226,30 @@ def test_moe_backward(overrides):
 # --- of the same kind, for the block; the whole converted model comes last
 
 
+def deepseek_forward(rank: int, world_size: int) -> dict[str, torch.Tensor]:
+    config = tiny_deepseek_v2_config()
+    model, batch = reference_model(config), random_batch(config, 2, 9, seed=1)
+    meshes, groups = Meshes.build(Layout.resolve(world=world_size), "cpu"), Groups()
+    groups.bind(meshes)
+    cpu = torch.device("cpu")
+    convert(model, meshes=meshes, groups=groups, kernels=select("cpu"), device=cpu, dtype=None, seed=0)
+    output = model(**batch, gather_logits=True)
+    num_local = model.model.layers[1].mlp.experts.num_local
+    return {"loss": output.loss.detach(), "logits": output.logits.detach(), "experts": num_local}
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_deepseek_forward(on_ranks, world_size):
+    config = tiny_deepseek_v2_config()
+    batch = random_batch(config, 2, 9, seed=1)
+    with float64_reference(), torch.no_grad():
+        expected = reference_model(config)(**batch)
+    for result in on_ranks(deepseek_forward, world_size):
+        assert result["experts"] == config.n_routed_experts // world_size
+        assert_close_relative(result["loss"], expected.loss, EXACT, "loss")
+        assert_close_relative(result["logits"], expected.logits, EXACT, "logits")
+
+
 @every_kernel
 def test_group_limited_routing(overrides):
     groups = {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2, "routed_scaling_factor": 16.0}
@@ -320,8 +347,8 @@ def test_activation_out_of_autocasts_reach():
     experts = RoutedExperts(
         hidden_size=8, expert_width=8, num_local_experts=2, kernels=select("cpu"), hidden_act="gelu_new"
     )
-    activation, seen = experts.act_fn, []
-    experts.act_fn = lambda gate: seen.append(torch.is_autocast_enabled("cpu")) or activation(gate)
+    seen: list[bool] = []
+    experts.act_fn.register_forward_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
     rows = sort_picks(torch.tensor([[1], [0]]), first=0, num_local=2)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         experts(torch.randn(2, 8), torch.ones(2, 1), rows)

@@ -74,6 +74,8 @@ def act_as(call):
         case "rank-0-hangs-unwinding", 1:
             call(block)
         case "rank-0-raises", 0:
+            # The interpreter waits for it between the traceback and the functions that it calls at its exit.
+            threading.Thread(target=time.sleep, args=(1,)).start()
             call(fail)
         case "rank-0-hangs-unwinding", 0:
             _call_and_handle_interrupt(call)
@@ -92,7 +94,11 @@ def act_as(call):
                 time.sleep(6 * rank)
             call(lambda: None)
         case "three-ranks", 1:
-            call(lambda: (time.sleep(0.5), fail()))
+            try:
+                call(lambda: (time.sleep(0.5), fail()))
+            finally:
+                # Rank 0 must not have to wait for the end of the process to know.
+                time.sleep(5)
         case "three-ranks", _:
             # Rank 2 reports its lost connection before rank 1 has died of the error behind it.
             call(lambda: lose_peer(0.2 if rank == 2 else 0.8))

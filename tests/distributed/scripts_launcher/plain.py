@@ -7,6 +7,8 @@ import signal
 from say import say
 from tiny import TinyModel, tiny_trainer
 
+from lightning_npu_tp.errors import ConfigError
+
 
 def left_behind():
     return [dict(os.environ), str(signal.getsignal(signal.SIGTERM)), str(signal.getsignal(signal.SIGINT))]
@@ -26,4 +28,8 @@ if __name__ == "__main__":
             "RESULT",
             json.dumps({"restored": left_behind() == before, "inside": [seen[name] for name in names]}),
         )
+    try:
+        tiny_trainer(devices=3).fit(model)
+    except ConfigError as error:
+        say("REFUSED", error)
     say("END", os.environ.get("LOCAL_RANK", "0"), float(model.layer.weight.sum()))

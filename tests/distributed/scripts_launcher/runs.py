@@ -47,7 +47,7 @@ class Run:
     def __str__(self):
         return f"--- stdout\n{self.stdout}\n--- stderr\n{self.stderr}"
 
-    def until(self, text, seconds=90):
+    def until(self, text, seconds=120):
         """Wait until stdout holds this."""
         deadline = time.monotonic() + seconds
         while text not in self.stdout:
