@@ -12,6 +12,7 @@ import copy
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -211,7 +212,7 @@ def _tied_names(model: nn.Module) -> dict[str, str]:
     return {name: first.setdefault(id(p), name) for name, p in model.named_parameters(remove_duplicate=False)}
 
 
-def _own_config(model: nn.Module, config: object) -> object:
+def _own_config(model: nn.Module, config: Any) -> Any:
     """Give the model a config of its own: the caller's object may serve another model too."""
     if config is None:
         return None

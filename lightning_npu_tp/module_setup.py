@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, Wei
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.experimental import register_sharding
-from torch.optim import Optimizer
+from torch.optim import SGD, Adam, AdamW, Optimizer
 from torchmetrics import Metric
 
 from lightning_npu_tp.errors import ConfigError, ConversionError
@@ -60,25 +60,37 @@ def count_samples_once(module: nn.Module, groups: Groups) -> None:
             metric.dist_sync_fn = DataSync(groups)
 
 
-def check_optimizers(optimizers: Sequence[Optimizer], plain: Sequence[nn.Parameter]) -> None:
-    """Keep torch's fused and for-each updates from meeting DTensors and plain tensors in one call.
+# On Ascend the fused kernels loop over the parameters, and for-each, the default there, does not.
+_FUSED_DEVICES = ("cpu", "cuda")
+_FUSED_OPTIMIZERS = (Adam, AdamW, SGD)
 
-    Raises ConfigError where the user asked for it; where nobody chose, chooses the loop.
+
+def choose_implementations(optimizers: Sequence[Optimizer], plain: Sequence[nn.Parameter], device_type: str) -> None:
+    """Where the user left it open, choose how each parameter group is updated; call before the first step.
+
+    plain: parameters that are no DTensors. A group of both kinds is updated in a loop, since torch's
+    fused and for-each updates take one kind only. A sharded group is updated by the fused kernel: one call
+    instead of a DTensor dispatch for each of a dozen operations on each parameter.
+
+    Raises ConfigError where the user asked for an update that a mixed group cannot have.
     """
     ids = {id(parameter) for parameter in plain}
     for optimizer in optimizers:
         for number, group in enumerate(optimizer.param_groups):
-            if len({id(parameter) in ids for parameter in group["params"]}) < 2:
-                continue
-            for option in ("fused", "foreach"):
-                if group.get(option):
-                    raise ConfigError(
-                        f"{option}=True in parameter group {number} of {type(optimizer).__name__} cannot update "
-                        f"sharded and unsharded parameters together. Put the parameters of your own layers into a "
-                        f"parameter group of their own, or leave {option} unset."
-                    )
-            if "foreach" in group:
+            kinds = {id(parameter) in ids for parameter in group["params"]}
+            chosen = [option for option in ("fused", "foreach") if group.get(option)]
+            if len(kinds) > 1 and chosen:
+                raise ConfigError(
+                    f"{chosen[0]}=True in parameter group {number} of {type(optimizer).__name__} cannot update sharded "
+                    f"and unsharded parameters together. Put the parameters of your own layers into a parameter group "
+                    f"of their own, or leave {chosen[0]} unset."
+                )
+            if len(kinds) > 1 and "foreach" in group:
                 group["foreach"] = False
+            open_choice = group.get("fused") is None and group.get("foreach") is None
+            if kinds == {False} and open_choice and not group.get("differentiable"):
+                if device_type in _FUSED_DEVICES and isinstance(optimizer, _FUSED_OPTIMIZERS):
+                    group["fused"] = True
 
 
 def averaging_callbacks(trainer: Trainer) -> list[Callback]:
@@ -87,7 +99,8 @@ def averaging_callbacks(trainer: Trainer) -> list[Callback]:
     They copy the module in their `setup`, which comes before `configure_model` and before any strategy:
     a copy without weights averages nothing, and one on the meta device cannot be moved.
     """
-    return [c for c in trainer.callbacks if isinstance(c, (StochasticWeightAveraging, WeightAveraging))]  # type: ignore[attr-defined]
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return [callback for callback in callbacks if isinstance(callback, (StochasticWeightAveraging, WeightAveraging))]
 
 
 def configure_early(trainer: Trainer, module: LightningModule) -> None:

@@ -160,7 +160,7 @@ class NPUTensorParallelStrategy(ParallelStrategy):
         assert self.cluster_environment is not None
         self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
         self.cluster_environment.set_world_size(self.num_nodes * self.num_processes)
-        rank_zero_only.rank = utils_rank_zero_only.rank = self.global_rank
+        rank_zero_only.rank = utils_rank_zero_only.rank = self.global_rank  # type: ignore[attr-defined]
 
     def _resolve_layout(self) -> Layout:
         layout = Layout.resolve(world=self.num_nodes * self.num_processes, **self._sizes)
@@ -271,7 +271,8 @@ class NPUTensorParallelStrategy(ParallelStrategy):
                 callback.setup(trainer, module, "fit")
             self._reset_optimizers_and_schedulers()
             self.setup_optimizers(trainer)
-            module_setup.check_optimizers(self.optimizers, module_setup.plain_parameters(module))
+            plain = module_setup.plain_parameters(module)
+            module_setup.choose_implementations(self.optimizers, plain, self.root_device.type)
         self.setup_precision_plugin()
         if trainer.state.fn == TrainerFn.FITTING:
             _optimizers_to_device(self.optimizers, self.root_device)
@@ -369,6 +370,11 @@ class NPUTensorParallelStrategy(ParallelStrategy):
         dist.all_reduce(flag, op=dist.ReduceOp.MIN if all else dist.ReduceOp.MAX)
         return bool(flag.item())
 
+    @property
+    def _module(self) -> LightningModule:
+        assert self.lightning_module is not None, "no trainer call has connected a module yet"
+        return self.lightning_module
+
     # --- checkpoints -----------------------------------------------------------------------------
 
     @property
@@ -384,14 +390,14 @@ class NPUTensorParallelStrategy(ParallelStrategy):
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Shards, or everything on rank 0."""
         with self.process_group():
-            return training_state.model_state(self.lightning_module, full=self._full_checkpoints)
+            return training_state.model_state(self._module, full=self._full_checkpoints)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """State by parameter name, shards, or everything on rank 0."""
         if isinstance(optimizer, LightningOptimizer):
             optimizer = optimizer._optimizer
         with self.process_group():
-            return training_state.optimizer_state(self.lightning_module, optimizer, full=self._full_checkpoints)
+            return training_state.optimizer_state(self._module, optimizer, full=self._full_checkpoints)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Write the trainer's state; every rank calls it."""
@@ -413,9 +419,9 @@ class NPUTensorParallelStrategy(ParallelStrategy):
         path = Path(self.broadcast(checkpoint_path))
         return training_state.load(
             path,
-            self.lightning_module,
+            self._module,
             self.optimizers,
-            strict=self.lightning_module.strict_loading,
+            strict=self._module.strict_loading,
             # Lightning drops fit(weights_only=…) on this path, so the strategy has a setting of its own.
             weights_only=self._weights_only if weights_only is None else weights_only,
         )

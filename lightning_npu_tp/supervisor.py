@@ -172,32 +172,32 @@ class Supervisor:
     def finish(self) -> Failure | None:
         """Wait for the ranks to end by themselves, end those that cannot; then nothing is watched any more.
 
-        Returns the failure of a rank that failed meanwhile.
+        Returns the failure of a rank that failed meanwhile or had to be ended.
         """
-        patience = FINISH_SECONDS
-        began = time.monotonic()
+        began, late = time.monotonic(), None
         while alive := [child for child in self.children if child.alive]:
             waited = time.monotonic() - began
             stuck = next((child for child in alive if _state(child) == "enter"), None)
             # Once rank 0 has raised or another rank has failed there is nobody left to meet.
             if self._own_failure or self.cause():
                 end_processes(alive)
-            elif waited > patience or (stuck and waited > STUCK_SECONDS):
-                what = f"{(stuck or alive[0]).name} was still {'in a trainer call' if stuck else 'running'}"
-                say(f"Rank 0 had finished its script while {what}; that was ended.")
+            elif waited > FINISH_SECONDS or (stuck and waited > STUCK_SECONDS):
+                what = "was still in a trainer call" if stuck else "still ran"
+                late = self._plain_failure(stuck or alive[0], f"{what} when rank 0 had finished its script")
                 end_processes(alive)
             time.sleep(0.02)
         self._finished.set()
         atexit.unregister(self._at_exit)
-        return None if self._own_failure else self.cause()
+        return None if self._own_failure else self.cause() or late
 
     def end_run(self, cause: Failure | None, exit_code: int | None = None) -> None:
         """End every rank and then this process, whatever its main thread does. Never returns."""
         self._ending.acquire()
-        where = _where_is_main_thread()
+        blocked = threading.current_thread() is not threading.main_thread()
+        where = f"Rank 0 is ended; it was at {_where_is_main_thread()}.\n" if blocked else ""
         end_processes(self.children)
         if cause is not None:
-            say(f"Rank 0 is ended; it was at {where}.\n{cause.report()}")
+            say(where + cause.report())
         end_now(exit_code or (cause.exit_code if cause else 1))
 
     # What is known
@@ -240,11 +240,14 @@ class Supervisor:
         )
 
     def _absent(self, child: ChildProcess) -> Failure:
+        how = f"{child.describe_end()} during or before call {self._calls} of a Trainer in this script"
+        return self._plain_failure(child, how)
+
+    def _plain_failure(self, child: ChildProcess, how: str) -> Failure:
         return Failure(
             who=_who(child),
             time=child.dead_since or time.monotonic(),
-            how=f"{child.describe_end()} during or before call {self._calls} of a Trainer in this script; "
-            "every rank has to make the same calls",
+            how=f"{how}; every rank has to make the same calls",
             exit_code=1,
             traceback="",
             consequence=False,

@@ -60,7 +60,7 @@ class LitCausalLM(LightningModule):
         # Plain containers: a config library's own ones in a checkpoint's hyperparameters cannot be loaded safely.
         config, no_weight_decay = _plain(config), _plain(no_weight_decay)
         self.save_hyperparameters("architecture", "config", "aux_loss_weight", "no_weight_decay", "build_device")
-        self.model_config = _model_config(architecture, config)
+        self.model_config = _model_config(architecture, dict(config))
         self.aux_loss_weight = aux_loss_weight
         self.no_weight_decay = no_weight_decay
         self._build_device = build_device
@@ -116,6 +116,7 @@ class LitCausalLM(LightningModule):
 
     def _open_total_steps(self) -> dict[str, int]:
         """`total_steps` for a scheduler that takes it and was not given it."""
+        assert self._scheduler is not None
         bound = getattr(self._scheduler, "keywords", {})
         if bound.get("total_steps") is not None or "total_steps" not in inspect.signature(self._scheduler).parameters:
             return {}

@@ -51,7 +51,7 @@ def build_each(config: DictConfig, key: str) -> list[Any]:
         return []
     if not isinstance(nodes, DictConfig) or "_target_" in nodes:
         raise ConfigError(f"{key} should be a group of named nodes, each with a _target_, but it is {_short(nodes)}.")
-    built = [build(config, f"{key}.{name}") for name in nodes]
+    built = [build(config, f"{key}.{name!s}") for name in nodes]
     return [item for item in built if item is not None]
 
 

@@ -156,4 +156,4 @@ def tensorboard(folder: str | os.PathLike[str], required: bool = True) -> Logger
         return None
     from lightning.pytorch.loggers import TensorBoardLogger
 
-    return TensorBoardLogger(save_dir=folder, name="", version="", default_hp_metric=False)
+    return TensorBoardLogger(save_dir=str(folder), name="", version="", default_hp_metric=False)

@@ -28,7 +28,8 @@ def weight_decay_groups(
     no_weight_decay: patterns with `*` over parameter names. By name and not by number of dimensions:
     a norm's weight may be sharded or stacked, its name stays. Frozen parameters are left out.
     """
-    decayed, exempt = [], []
+    decayed: list[nn.Parameter] = []
+    exempt: list[nn.Parameter] = []
     for name, parameter in named_parameters:
         if parameter.requires_grad:
             is_exempt = any(fnmatchcase(name, pattern) for pattern in no_weight_decay)

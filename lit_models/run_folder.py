@@ -79,8 +79,8 @@ def check_writable(folder: Path, needed_bytes: int = _PROBE_BYTES) -> None:
         raise RunFolderError(_explanation(folder, folder, error, needed_bytes)) from error
     free = shutil.disk_usage(folder).free
     if free < needed_bytes:
-        error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        raise RunFolderError(_explanation(folder, folder, error, needed_bytes))
+        full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        raise RunFolderError(_explanation(folder, folder, full, needed_bytes))
 
 
 def claim(folder: Path, config: DictConfig) -> None:

@@ -59,7 +59,7 @@ class TokensPerSecond(Callback):
         self._marks.append((time.perf_counter() - self._away, self._tokens))
         (start, tokens_before), (stop, tokens_now) = self._marks[0], self._marks[-1]
         if stop > start:
-            self.log("train/tokens_per_second", (tokens_now - tokens_before) / (stop - start))
+            pl_module.log("train/tokens_per_second", (tokens_now - tokens_before) / (stop - start))
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """A window that holds a checkpoint would measure the disk: begin a new one."""

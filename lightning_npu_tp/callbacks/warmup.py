@@ -97,7 +97,8 @@ class Warmup(Callback):
                 "Warmup takes its batch from the training data set by index, which this data loader does not allow. "
                 "Pass warmup.tokens, a list of lists of token ids, or set warmup=none."
             )
-        rows = [loader.dataset[index % len(loader.dataset)] for index in range(self.batch_size)]
+        dataset: Any = loader.dataset
+        rows = [dataset[index % len(dataset)] for index in range(self.batch_size)]
         assert loader.collate_fn is not None
         batch = loader.collate_fn(rows)
         return {name: value[:, : self.max_length] for name, value in batch.items()}

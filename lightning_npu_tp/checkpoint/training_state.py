@@ -125,7 +125,8 @@ def _read(path: Path, weights_only: bool | None) -> dict[str, Any]:
         what = f" ({found[1]})" if found else ""
         raise CheckpointError(
             f"{path} holds Python objects that are not plain data{what}; loading them could run code. Store "
-            f"plain containers in the hyper-parameters; for a file that you trust, set strategy.checkpoint_weights_only=false."
+            f"plain containers in the hyper-parameters; for a file that you trust, set "
+            f"strategy.checkpoint_weights_only=false."
         ) from error
 
 

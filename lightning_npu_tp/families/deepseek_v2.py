@@ -111,11 +111,11 @@ def check(config: Any) -> None:
         )
 
 
-def _norm(source: nn.Module, context: BuildContext) -> nn.Module:
+def _norm(source: Any, context: BuildContext) -> nn.Module:
     return RMSNorm(source.weight, source.variance_epsilon)
 
 
-def _moe(source: nn.Module, context: BuildContext) -> nn.Module:
+def _moe(source: Any, context: BuildContext) -> nn.Module:
     config = context.config
     # On meta: its parameters are those of the source, which conversion shards.
     with torch.device("meta"):

@@ -32,7 +32,8 @@ class BuildContext:
     config: Any
 
 
-Constructor = Callable[[nn.Module, BuildContext], nn.Module]
+# Any: which transformers module comes in, each constructor knows.
+Constructor = Callable[[Any, BuildContext], nn.Module]
 
 
 @dataclass(frozen=True)

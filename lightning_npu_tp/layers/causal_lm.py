@@ -39,8 +39,8 @@ def attention_mask_4d(
     """
     if attention_mask is not None and attention_mask.ndim == 4:
         return attention_mask
-    packed = position_ids is not None and attention_mask is None and past_length == 0
-    if attention_mask is None and not packed and (past_length == 0 or query_length == 1):
+    packed = None if attention_mask is not None or past_length else position_ids
+    if attention_mask is None and packed is None and (past_length == 0 or query_length == 1):
         return None
     keys = torch.arange(past_length + query_length, device=device)
     queries = keys[past_length:]
@@ -49,8 +49,8 @@ def attention_mask_4d(
         # A padded query row would see nothing at all, and its softmax would be 0/0; it may see itself.
         itself = keys[None, :] == queries[:, None]
         mask = (mask & attention_mask.to(device=device, dtype=torch.bool)[:, None, None, :]) | itself
-    if packed:
-        restarts = torch.diff(position_ids, prepend=position_ids[:, :1] - 1, dim=-1) != 1
+    if packed is not None:
+        restarts = torch.diff(packed, prepend=packed[:, :1] - 1, dim=-1) != 1
         document = restarts.cumsum(-1)
         mask = mask & (document[:, None, :, None] == document[:, None, None, :])
     return mask
@@ -58,6 +58,8 @@ def attention_mask_4d(
 
 class ShardedDecoder(nn.Module):
     """Mixin for a transformers decoder (`embed_tokens`, `layers`, `norm`, `rotary_emb`)."""
+
+    layers: Any
 
     def forward(
         self,
@@ -100,6 +102,9 @@ class ShardedDecoder(nn.Module):
 class ShardedCausalLM(nn.Module):
     """Mixin for a transformers causal LM (`model`, `lm_head`)."""
 
+    model: Any
+    lm_head: Any
+
     @can_return_tuple
     def forward(
         self,
@@ -126,7 +131,9 @@ class ShardedCausalLM(nn.Module):
         Returns loss (scalar, at least float32, replicated), logits, aux_loss: the sum of the
         balance losses of the MoE layers, not part of `loss`.
         """
-        has_labels = labels is not None or shift_labels is not None
+        if labels is not None and shift_labels is None:
+            shift_labels = F.pad(labels[..., 1:], (0, 1), value=IGNORED_LABEL)
+        has_labels = shift_labels is not None
         if use_cache is None and has_labels:
             use_cache = False
         outputs = self.model(
@@ -140,9 +147,7 @@ class ShardedCausalLM(nn.Module):
         )
         hidden = outputs.last_hidden_state
         loss = None
-        if has_labels:
-            if shift_labels is None:
-                shift_labels = F.pad(labels[..., 1:], (0, 1), value=IGNORED_LABEL)
+        if shift_labels is not None:
             flat = shift_labels.reshape(-1)
             total = self.lm_head.token_losses(hidden.flatten(0, -2), flat).sum()
             count = (flat != IGNORED_LABEL).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
@@ -163,7 +168,7 @@ class ShardedCausalLM(nn.Module):
         )
 
 
-def moe_blocks(decoder: nn.Module) -> list[nn.Module]:
+def moe_blocks(decoder: Any) -> list[Any]:
     """The converted mixture-of-experts blocks of a decoder, in layer order."""
     return [layer.mlp for layer in decoder.layers if hasattr(layer.mlp, "aux_loss")]
 

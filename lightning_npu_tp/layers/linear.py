@@ -8,6 +8,7 @@ local tensor, so no operator pays for DTensor dispatch. `ShardedLinear` does not
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -49,7 +50,7 @@ class ShardedMLP(nn.Module):
     for an owner (the MoE block) that reduces it together with others.
     """
 
-    def __init__(self, source: nn.Module, groups: Groups, *, partial: bool = False) -> None:
+    def __init__(self, source: Any, groups: Groups, *, partial: bool = False) -> None:
         super().__init__()
         self.gate_proj = ShardedLinear(source.gate_proj)
         self.up_proj = ShardedLinear(source.up_proj)

@@ -26,7 +26,7 @@ class MLAttention(nn.Module):
     Axes: B batch, S query length, L key length, H local heads, N nope dim, R rope dim, V value dim.
     """
 
-    def __init__(self, source: nn.Module, groups: Groups) -> None:
+    def __init__(self, source: Any, groups: Groups) -> None:
         super().__init__()
         config = source.config
         self.layer_idx = source.layer_idx
@@ -69,6 +69,7 @@ class MLAttention(nn.Module):
         """
         batch, length = hidden_states.shape[:2]
         group = self.groups.tensor()
+        assert position_embeddings is not None, "the decoder hands the rotary tables to every layer"
         cos, sin = position_embeddings
 
         q_BSHE = self._queries(hidden_states).view(batch, length, -1, self.nope_dim + self.rope_dim)

@@ -7,6 +7,8 @@ Source: arXiv:2104.09864 (RoPE), arXiv:2309.00071 (YaRN).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -24,7 +26,7 @@ class RotaryTables(nn.Module):
     the meta device.
     """
 
-    def __init__(self, source: nn.Module) -> None:
+    def __init__(self, source: Any) -> None:
         super().__init__()
         rope_type = source.config.rope_parameters["rope_type"]
         if rope_type in _LENGTH_DEPENDENT:
@@ -50,7 +52,7 @@ class RotaryTables(nn.Module):
             return angles.cos() * self.scaling, angles.sin() * self.scaling
 
 
-def _frequencies(source: nn.Module) -> tuple[list[float], float]:
+def _frequencies(source: Any) -> tuple[list[float], float]:
     """Inverse frequencies and cosine scaling of a transformers rotary module.
 
     Its own buffer where that has values of full precision; else (meta device, bfloat16) anew.

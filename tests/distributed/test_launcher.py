@@ -41,6 +41,7 @@ def last_line(run):
 def test_two_trainers_of_one_script_use_the_same_ranks_and_leave_nothing_behind(start):
     run = start("plain.py", OMP_NUM_THREADS="")
     assert run.end(240) == 0, run
+    assert len(run.said("START")) == 2, run
     ends = sorted(run.said("END"))
     assert [end.split()[0] for end in ends] == ["0", "1"], run
     assert ends[0].split()[1] == ends[1].split()[1], run
@@ -48,9 +49,7 @@ def test_two_trainers_of_one_script_use_the_same_ranks_and_leave_nothing_behind(
     assert result["restored"], run
     assert result["inside"] == ["0", "2", "127.0.0.1", ""], run
     refused = sorted(run.said("REFUSED"))
-    assert refused[0].startswith("2 processes were started, but trainer.devices=3 and trainer.num_nodes=1 ask for 3"), (
-        run
-    )
+    assert refused[0].startswith("2 processes were started, but trainer.devices=3 and"), run
     assert refused[1].startswith("This Trainer asks for 3 processes, but the script has already started 2"), run
 
 
@@ -73,7 +72,7 @@ def test_the_rank_that_failed_in_a_step_is_named_last(start):
 
 
 def test_a_signal_to_one_rank_ends_all_even_when_blocked_in_a_collective(start):
-    cases = ("blocked", "blocked", "blocked", "wait")
+    cases = ("rank-1-blocked", "blocked", "blocked", "wait")
     to_rank_1, to_rank_0, interrupted, killed = runs = [start("trouble.py", case) for case in cases]
     for run in runs:
         run.until("READY 0").until("READY 1")
@@ -83,7 +82,10 @@ def test_a_signal_to_one_rank_ends_all_even_when_blocked_in_a_collective(start):
     os.kill(killed.process.pid, signal.SIGKILL)
     deadline = time.monotonic() + END_SECONDS
     assert killed.end(2) == -signal.SIGKILL, killed
-    for run, code in ((to_rank_1, 143), (to_rank_0, 143), (interrupted, 130)):
+    # Rank 0 leaves its call by an exception at once and does not wait until rank 1 has been ended by force.
+    assert to_rank_1.end(deadline - time.monotonic()) == 143, to_rank_1
+    assert to_rank_1.said("LEFT") == ["0"] and to_rank_0.process.poll() is None, to_rank_1
+    for run, code in ((to_rank_0, 143), (interrupted, 130)):
         assert run.end(deadline - time.monotonic()) == code, run
         assert "did not end by itself within 8 s of SIG" in run.stderr, run
 

@@ -20,6 +20,7 @@ CASES = [
     "rank-0-raises",
     "rank-0-raises-after-call",
     "rank-0-hangs-unwinding",
+    "one-call-more",
     "all-raise-and-save",
     "all-raise-and-catch",
     "three-ranks",
@@ -95,6 +96,12 @@ def test_a_rank_0_that_hangs_unwinding_is_ended_with_its_own_traceback(runs):
     run = runs["rank-0-hangs-unwinding"]
     assert end(run) == 1, run
     assert last_line(run) == "ValueError: rank 0 came to grief", run
+
+
+def test_a_rank_that_makes_one_call_more_than_rank_0_is_ended_and_is_a_failure(runs):
+    run = runs["one-call-more"]
+    assert end(run) == 1, run
+    assert "was still in a trainer call when rank 0 had finished its script" in last_line(run), run
 
 
 def test_ranks_that_all_raise_may_finish_saving_together(runs):

@@ -257,11 +257,15 @@ def mixed_parameters(rank: int, world_size: int) -> dict[str, Any]:
                 run.fit(module, data())
         else:
             run.fit(module, data())
+            assert run.optimizers[0].param_groups[0]["foreach"] is False
             result["head"] = module.head.weight.detach()
             result["losses"] = module.losses
-    run = trainer(gradient_clip_val=0.1)
-    run.fit(Module(foreach=True), data())
-    result["sharded only"] = run.callback_metrics["sum"].item()
+    for options in ({}, {"foreach": True}, {"foreach": False}, {"fused": False}):
+        module = Module(**options)
+        run = trainer(gradient_clip_val=0.1)
+        run.fit(module, data())
+        group = run.optimizers[0].param_groups[0]
+        result[str(options)] = (group["fused"], group["foreach"], module.losses)
     return result
 
 
@@ -269,7 +273,10 @@ def test_layers_of_ones_own_are_shared_clipped_and_updated(on_ranks: Any) -> Non
     first, second = on_ranks(mixed_parameters, WORLD, backend=None)
     assert torch.equal(first["head"], second["head"]), "built with another seed on each rank"
     assert first["losses"] == second["losses"]
-    assert first["sharded only"] == 4
+    fused, *others = (first[str(o)] for o in ({}, {"foreach": True}, {"foreach": False}, {"fused": False}))
+    assert fused[:2] == (True, None), "the fast one where nobody chose"
+    assert [other[:2] for other in others] == [(None, True), (None, False), (False, None)]
+    assert all(other[2] == pytest.approx(fused[2], rel=1e-4) for other in others)
 
 
 def refusals(rank: int, world_size: int) -> None:

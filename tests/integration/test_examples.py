@@ -1,4 +1,4 @@
-"""The examples as a user runs them: as scripts, on two ranks. Catches an example that no longer works or no longer learns."""
+"""The examples as a user runs them: as scripts, on two ranks. Catches one that no longer works or no longer learns."""
 
 from __future__ import annotations
 

@@ -18,7 +18,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from lightning_npu_tp import NPUTensorParallelStrategy
 from lightning_npu_tp.callbacks import LossCurve, TokensPerSecond, TrainingProgressBar, Warmup, throughput
+from lightning_npu_tp.callbacks import warmup as warmup_module
 from lightning_npu_tp.errors import ConfigError
 from lit_models.causal_lm import LitCausalLM
 from lit_models.loggers import CSVMetrics, tensorboard
@@ -144,6 +146,35 @@ def test_given_tokens_replace_those_of_the_data_set() -> None:
     warmup = Warmup(tokens=[[1, 2, 3], [4, 5, 6]])
     fit(small_model(), [warmup], max_steps=1)
     assert "of [2, 3] tokens" in warmup.report
+
+
+def test_every_communicator_is_used_under_a_long_time_out_that_ends_with_the_warm_up(monkeypatch) -> None:
+    module = small_model()
+    module.model = None
+    module._build_device = "meta"
+    seen: list[float] = []
+    all_reduce = torch.distributed.all_reduce
+
+    def seconds(group) -> float:
+        return warmup_module._timeout_of(group).total_seconds()
+
+    def note(tensor, group):
+        seen.append(seconds(group))
+        return all_reduce(tensor, group=group)
+
+    class After(L.Callback):
+        def on_train_start(self, trainer, pl_module) -> None:
+            meshes = trainer.strategy.meshes
+            groups = {meshes.tensor_group, meshes.data_group, meshes.expert_group, torch.distributed.group.WORLD}
+            after.update({id(group): seconds(group) for group in groups})
+            monkeypatch.undo()
+
+    after: dict[int, float] = {}
+    monkeypatch.setattr(warmup_module.dist, "all_reduce", note)
+    warmup = Warmup(max_length=4, timeout_s=500)
+    fit(module, [warmup, After()], strategy=NPUTensorParallelStrategy(timeout_s=50), max_steps=1)
+    assert seen == [500.0] * len(after) and set(after.values()) == {50.0}
+    assert f"{len(after)} communicators" in warmup.report
 
 
 def test_a_failing_warm_up_restores_the_generators_too() -> None:

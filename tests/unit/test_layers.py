@@ -1,4 +1,4 @@
-"""Layers on one process against the plain formula. Catches a wrong rotation, mask or loss, and memory that is not bounded.
+"""Layers on one process against the plain formula. Catches a wrong rotation, mask or loss, and unbounded memory.
 
 What many ranks do with them is compared in tests/distributed/test_parity.py.
 """

@@ -104,7 +104,7 @@ def fit(module: LitCausalLM, data: list, **settings) -> list[float]:
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[losses],
+        callbacks=[losses, *settings.pop("callbacks", [])],
         **settings,
     )
     trainer.fit(module, loader(data), loader([]))
@@ -149,6 +149,28 @@ def test_a_second_epoch_begins_a_window_of_its_own() -> None:
     module = lit()
     fit(module, data, accumulate_grad_batches=3, max_epochs=2)
     expected, _ = expected_steps([data[:3], data[3:]] * 2)
+    torch.testing.assert_close(module.model.embed, expected.embed, rtol=1e-12, atol=1e-12)
+
+
+def test_micro_batches_of_several_shapes_share_one_window() -> None:
+    data = [*batches([16]), *batches([3], rows=1), *batches([20, 5], rows=5)]
+    module = lit()
+    fit(module, data, accumulate_grad_batches=2)
+    expected, _ = expected_steps([data[:2], data[2:]])
+    torch.testing.assert_close(module.model.embed, expected.embed, rtol=1e-12, atol=1e-12)
+
+
+def test_a_fit_after_one_that_broke_within_a_window_starts_afresh() -> None:
+    class Breaks(L.Callback):
+        def on_train_batch_end(self, *args) -> None:
+            raise RuntimeError("stop")
+
+    data = batches([16, 3])
+    module = lit()
+    with pytest.raises(RuntimeError, match="stop"):
+        fit(module, data, accumulate_grad_batches=2, callbacks=[Breaks()])
+    fit(module, data, accumulate_grad_batches=2)
+    expected, _ = expected_steps([data])
     torch.testing.assert_close(module.model.embed, expected.embed, rtol=1e-12, atol=1e-12)
 
 

@@ -79,6 +79,9 @@ def act_as(call):
             call(fail)
         case "rank-0-hangs-unwinding", 0:
             _call_and_handle_interrupt(call)
+        case "one-call-more", 1:
+            call(lambda: None)
+            call(block)
         case "all-raise-and-save", _:
             try:
                 call(fail)

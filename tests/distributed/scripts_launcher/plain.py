@@ -15,6 +15,7 @@ def left_behind():
 
 
 if __name__ == "__main__":
+    say("START")
     seen = {}
     before = left_behind()
     model = TinyModel(lambda model, step: seen.update(os.environ))

@@ -29,7 +29,7 @@ def at_step(model, step):
         fail()
     if case == "killed" and rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
-    if case == "blocked":
+    if case == "blocked" or case == "rank-1-blocked" and rank == 1:
         # In C as a collective does: no handler runs, and no signal or closed socket ends the wait.
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         ctypes.CDLL(None).sleep(100)
@@ -41,4 +41,7 @@ if __name__ == "__main__":
     trainer = tiny_trainer(**({"devices": 3} if case == "wrong-count" else {}))
     if case == "raise-before-group" and rank == 1:
         trainer.strategy.setup_environment = fail
-    trainer.fit(TinyModel(at_step))
+    try:
+        trainer.fit(TinyModel(at_step))
+    finally:
+        say("LEFT", rank)
