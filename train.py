@@ -11,24 +11,26 @@ import os
 import sys
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from lightning import seed_everything
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from omegaconf import DictConfig
 
-from lightning_npu_tp.errors import DeviceError, LightningNPUTPError
-from lightning_npu_tp.sweep import run_job
-from lit_models.data import check_vocabulary
-from lit_models.instantiate import build, build_each
-from lit_models.run_folder import claim, explain_write_errors, is_follower, register_resolvers
-from lit_models.summary import summary
+# What loads torch is imported in the functions: threads are configured before, and --help and --cfg need none of it.
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 
 def train(config: DictConfig) -> float | None:
     """One run; returns the final validation loss in nats per token, None without validation data."""
+    from lightning import seed_everything
+
+    from lit_models.data import check_vocabulary
+    from lit_models.instantiate import build, build_each
+    from lit_models.run_folder import claim, explain_write_errors, is_follower
+    from lit_models.summary import summary
+
     folder = Path(config.run_dir)
     seed_everything(config.seed, workers=True, verbose=False)
     # The trainer first: it says at once whether the device is there, before data and model cost anything.
@@ -61,6 +63,11 @@ def train(config: DictConfig) -> float | None:
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
 def run(config: DictConfig) -> float | None:
     """A job as Hydra calls it: a sweep gives each a process, and what a user can mend is told without a traceback."""
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+    from lightning_npu_tp.errors import DeviceError, LightningNPUTPError
+    from lightning_npu_tp.sweep import run_job
+
     try:
         return run_job(train, config)
     except (LightningNPUTPError, MisconfigurationException) as error:
@@ -73,7 +80,13 @@ def run(config: DictConfig) -> float | None:
 
 
 if __name__ == "__main__":
+    # The CPU's OpenMP threads spin while they wait for each other. Beside any other busy process that made this job
+    # ten times slower; sleeping costs little on an idle machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Lightning's own use of a torch name that is going away: nothing that a user could mend.
     warnings.filterwarnings("ignore", ".*LeafSpec")
+
+    from lit_models.run_folder import register_resolvers
+
     register_resolvers()
     run()

@@ -92,8 +92,9 @@ class ProcessLauncher(_SubprocessScriptLauncher):
             supervisor.grace_seconds = grace_seconds
 
         def notice() -> None:
-            if supervisor is not None:
+            if supervisor is not None and not supervisor.terminating:
                 supervisor.terminating = True
+                say("Rank 0 was asked to end by SIGTERM; this ends the run.")
             self.kill(signal.SIGTERM)
             if channel is not None:
                 channel.send("terminated")

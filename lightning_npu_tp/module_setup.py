@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, Wei
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.experimental import register_sharding
-from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim import Adam, AdamW, Optimizer
 from torchmetrics import Metric
 
 from lightning_npu_tp.errors import ConfigError, ConversionError
@@ -62,7 +62,8 @@ def count_samples_once(module: nn.Module, groups: Groups) -> None:
 
 # On Ascend the fused kernels loop over the parameters, and for-each, the default there, does not.
 _FUSED_DEVICES = ("cpu", "cuda")
-_FUSED_OPTIMIZERS = (Adam, AdamW, SGD)
+# Those whose fused kernel DTensor knows.
+_FUSED_OPTIMIZERS = (Adam, AdamW)
 
 
 def choose_implementations(optimizers: Sequence[Optimizer], plain: Sequence[nn.Parameter], device_type: str) -> None:

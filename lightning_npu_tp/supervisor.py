@@ -287,6 +287,7 @@ class Supervisor:
         handled = callable(signal.getsignal(signal.SIGTERM))
         if handled and not self.terminating and self._own_failure is None:
             self.terminating = True
+            say(f"{cause.who} {cause.how}; this ends the run.")
             os.kill(self._pid, signal.SIGTERM)
         elif (not handled and self._own_failure is None) or waited > self.grace_seconds:
             self.end_run(cause)

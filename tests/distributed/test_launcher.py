@@ -84,6 +84,8 @@ def test_a_signal_to_one_rank_ends_all_even_when_blocked_in_a_collective(start):
     assert killed.end(2) == -signal.SIGKILL, killed
     # Rank 0 leaves its call by an exception at once and does not wait until rank 1 has been ended by force.
     assert to_rank_1.end(deadline - time.monotonic()) == 143, to_rank_1
+    for run, who in ((to_rank_1, "Rank 1 (process"), (to_rank_0, "Rank 0")):
+        assert who in run.stderr and run.stderr.count("was asked to end by SIGTERM; this ends the run.") == 1, run
     assert to_rank_1.said("LEFT") == ["0"] and to_rank_0.process.poll() is None, to_rank_1
     for run, code in ((to_rank_0, 143), (interrupted, 130)):
         assert run.end(deadline - time.monotonic()) == code, run

@@ -91,12 +91,13 @@ def test_an_existing_run_folder_is_never_overwritten(finished) -> None:
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
-def test_two_devices_train_the_same_model_in_one_folder(finished, tmp_path) -> None:
+@pytest.mark.parametrize("devices", [2, 4])
+def test_more_devices_train_the_same_model_in_one_folder(finished, tmp_path, devices: int) -> None:
     folder, _ = finished
-    done = train(tmp_path, *FEW_STEPS, "trainer.devices=2", "hydra.run.dir=two", "validate_before=false")
+    done = train(tmp_path, *FEW_STEPS, f"trainer.devices={devices}", "hydra.run.dir=more", "validate_before=false")
     assert done.returncode == 0, done.stderr
-    assert os.listdir(tmp_path) == ["two"]
-    assert metrics(tmp_path / "two", "train/loss") == pytest.approx(metrics(folder, "train/loss"), rel=1e-4)
+    assert os.listdir(tmp_path) == ["more"]
+    assert metrics(tmp_path / "more", "train/loss") == pytest.approx(metrics(folder, "train/loss"), rel=1e-4)
     assert done.stdout.count("run folder:") == 1
 
 
