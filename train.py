@@ -17,7 +17,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
-# What loads torch is imported in the functions: threads are configured before, and --help and --cfg need none of it.
+# All that loads torch is imported inside the functions: its threads read their settings once, when it is loaded.
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 

@@ -9,14 +9,17 @@ the remains of the last one, under torchrun's agent store as well.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.environments import ClusterEnvironment
 
-_stores: dict[tuple[str, str, int, int], dist.Store] = {}
-_generation = 0
+_Key = tuple[str, str, int, int]
+_stores: dict[_Key, dist.Store] = {}
+# Groups made over each store. Not over all of them: ranks that a later job of a sweep starts begin at one.
+_generations: Counter[_Key] = Counter()
 
 
 def open_process_group(
@@ -27,9 +30,7 @@ def open_process_group(
     backend: as torch.distributed names it, e.g. "gloo" or "cpu:gloo,npu:hccl".
     timeout: of each collective, and of meeting the other ranks.
     """
-    global _generation
     rank, world = environment.global_rank(), environment.world_size()
-    _generation += 1
     store: dist.Store = dist.HashStore()
     if world > 1:
         os.environ["MASTER_ADDR"] = environment.main_address
@@ -38,7 +39,8 @@ def open_process_group(
         if key not in _stores:
             meeting = dist.rendezvous("env://", rank=rank, world_size=world, timeout=timeout)
             _stores[key] = next(iter(meeting))[0]
-        store = dist.PrefixStore(f"lightning_npu_tp/{_generation}", _stores[key])
+        _generations[key] += 1
+        store = dist.PrefixStore(f"lightning_npu_tp/{_generations[key]}", _stores[key])
     dist.init_process_group(
         backend,
         store=store,
