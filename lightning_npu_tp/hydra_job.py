@@ -41,7 +41,7 @@ class HydraJob:
     def command(self, *, name: str, output_subdir: str | None) -> list[str]:
         """The command that runs this job alone, in its own folder; start it in `original_cwd`.
 
-        name: its job name, which also names its log file there.
+        name: its job name, which also names its log file there, if it has one.
         output_subdir: where it saves its config below the run folder; None for nowhere.
         """
         settings = {
@@ -53,6 +53,9 @@ class HydraJob:
             settings["hydra.job.chdir"] = str(self.chdir).lower()
         if self.number is not None:
             settings["hydra.job.num"] = str(self.number)
+        if output_subdir is None:
+            # A further rank; its log file would only lie about in the run folder.
+            settings["hydra/job_logging"] = "stdout"
         return [
             *program(self.original_cwd),
             *self._config_arguments(),

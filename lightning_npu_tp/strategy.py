@@ -320,8 +320,17 @@ class NPUTensorParallelStrategy(ParallelStrategy):
 
     def teardown(self) -> None:
         """Give back device memory and destroy the process group."""
+        assert self.cluster_environment is not None and self.accelerator is not None
         try:
-            super().teardown()
+            _optimizers_to_device(self.optimizers, torch.device("cpu"))
+            module = self.lightning_module
+            # After a failed conversion there is nothing to move, and the attempt would hide why it failed.
+            if module is not None and not any(parameter.is_meta for parameter in module.parameters()):
+                module.cpu()
+            self.cluster_environment.teardown()
+            self.precision_plugin.teardown()
+            self.accelerator.teardown()
+            self.checkpoint_io.teardown()
         finally:
             self._close()
 

@@ -303,6 +303,11 @@ def refusals(rank: int, world_size: int) -> None:
         trainer(NPUTensorParallelStrategy(data_parallel_size=2))
     with pytest.raises(ConfigError, match="timeout_s=0"):
         NPUTensorParallelStrategy(timeout_s=0)
+    odd = Module()
+    with torch.device("meta"):
+        odd.network = DeepseekV2ForCausalLM(config(num_attention_heads=1))
+    with pytest.raises(ConfigError, match=r"tensor_parallel_size=2 cannot split the 1 heads.*\[1\]"):
+        trainer().fit(odd, data())
     run = trainer()
     with pytest.raises(ConfigError, match="meshes exist only while"):
         _ = run.strategy.meshes
