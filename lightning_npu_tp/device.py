@@ -10,6 +10,7 @@ none; that is the accelerator's part.
 from __future__ import annotations
 
 import ctypes
+import glob
 import importlib
 import importlib.metadata
 import importlib.util
@@ -34,6 +35,7 @@ _PRECISIONS = {
 # The first that torch_npu's own library is linked against; the rest come with it.
 _CANN_LIBRARIES = ("libhccl.so", "libascendcl.so")
 _SET_ENV = "source /usr/local/Ascend/ascend-toolkit/set_env.sh"
+_DEVICE_FILES = "/dev/davinci[0-9]*"
 _AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
 
 
@@ -131,6 +133,19 @@ def npu_problem() -> str | None:
     visible = os.environ.get("ASCEND_RT_VISIBLE_DEVICES")
     hint = f" (ASCEND_RT_VISIBLE_DEVICES={visible!r})" if visible is not None else ""
     return f"torch_npu and CANN are installed, but they see no NPU{hint}; `npu-smi info` shows what the driver sees."
+
+
+def idle_npus(device_type: str) -> str | None:
+    """In one sentence, that a run on `device_type` leaves Ascend cards unused; None if it does not.
+
+    Looks for the driver's device files only, so that torch_npu stays unimported.
+    """
+    if device_type != "cpu" or not glob.glob(_DEVICE_FILES):
+        return None
+    return (
+        f"This machine has Ascend devices ({_DEVICE_FILES}), but the run is on the CPU: Lightning's accelerator='auto' "
+        f"knows no NPU. Set trainer.accelerator={NPU} to use them."
+    )
 
 
 def npu_is_available() -> bool:

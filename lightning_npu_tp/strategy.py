@@ -26,7 +26,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import ParallelStrategy, StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 from lightning_utilities.core.rank_zero import rank_zero_only as utils_rank_zero_only
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -37,7 +37,7 @@ from lightning_npu_tp import module_setup
 from lightning_npu_tp.checkpoint import training_state
 from lightning_npu_tp.collectives import group_size
 from lightning_npu_tp.convert import adopt, convert, materialize_rest
-from lightning_npu_tp.device import NPU, backend_for
+from lightning_npu_tp.device import NPU, backend_for, idle_npus
 from lightning_npu_tp.errors import CheckpointError, ConfigError, ConversionError
 from lightning_npu_tp.families.family import ModelFamily
 from lightning_npu_tp.families.registry import supported
@@ -152,6 +152,8 @@ class NPUTensorParallelStrategy(ParallelStrategy):
         self.precision_plugin = self._precision_plugin
         check_world(self.cluster_environment, self.num_processes, self.num_nodes)
         self._resolve_layout()
+        if hint := idle_npus(self.root_device.type):
+            rank_zero_warn(hint)
         # On the ranks that somebody else started as well: it is what ends them all when one fails.
         self._launcher = ProcessLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
 

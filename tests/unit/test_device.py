@@ -212,3 +212,13 @@ def test_a_working_torch_npu_is_counted_and_used(tmp_path):
     assert not before
     assert (problem, count, available) == (None, 4, True)
     assert calls == [("set_device", "npu:1")]
+
+
+def test_cards_that_a_run_on_the_cpu_leaves_unused_are_mentioned(tmp_path, monkeypatch):
+    monkeypatch.setattr(device, "_DEVICE_FILES", str(tmp_path / "davinci[0-9]*"))
+    assert device.idle_npus("cpu") is None
+    (tmp_path / "davinci_manager").touch()
+    assert device.idle_npus("cpu") is None
+    (tmp_path / "davinci0").touch()
+    assert "trainer.accelerator=npu" in device.idle_npus("cpu")
+    assert device.idle_npus("npu") is None
