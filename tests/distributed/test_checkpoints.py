@@ -93,8 +93,12 @@ def damage(rank: int, world_size: int, folder: str) -> None:
     run.fit(Module(), data())
     run.save_checkpoint(f"{folder}/good")
     run.save_checkpoint(f"{folder}/weights", weights_only=True)
+    if rank == 0:
+        # A shard of a larger world, as an earlier run may have left it under this name.
+        Path(f"{folder}/good/__7_0.distcp").touch()
     run.save_checkpoint(f"{folder}/good")
     if rank == 0:
+        assert not Path(f"{folder}/good/__7_0.distcp").exists()
         shutil.copytree(f"{folder}/good", f"{folder}/incomplete")
         Path(f"{folder}/incomplete/meta.pt").unlink()
         torch.save({"state_dict": {}, "evil": Module}, f"{folder}/pickled")

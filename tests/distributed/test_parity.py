@@ -64,6 +64,9 @@ def _batches(case: dict[str, Any], config: DeepseekV2Config) -> list[dict[str, T
         random_batch(config, batch, length + 3 * index, seed=index, padding=case.get("padding", False))
         for index in range(case.get("micro_batches", 1))
     ]
+    if config.pad_token_id is not None:
+        for item in batches:
+            item["input_ids"][0, 3] = config.pad_token_id
     if case.get("packed"):
         for item in batches:
             item["position_ids"] = torch.cat([torch.arange(7), torch.arange(length - 7)]).expand(batch, -1)
