@@ -134,5 +134,7 @@ def test_a_sweep_in_one_process_gives_each_job_its_own_ranks_and_leaks_nothing(h
 
 @pytest.mark.parametrize("value", ["plain", 'a "b"', "ends in \\", 'slash \\" quote', "a,b=c [d] {e} 'f' ü"])
 def test_a_quoted_value_is_read_back_unchanged(value):
-    parser = pytest.importorskip("hydra.core.override_parser.overrides_parser").OverridesParser.create()
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    parser = OverridesParser.create()
     assert str(parser.parse_override(f"key={quote(value)}").value()) == value
