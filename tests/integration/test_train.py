@@ -30,10 +30,12 @@ FEW_STEPS = [
 
 
 def train(cwd: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    # Where CI is set transformers hands its warnings to the root logger, which Hydra prints: not what a user sees.
+    inherited = {name: value for name, value in os.environ.items() if name != "CI"}
     return subprocess.run(
         [sys.executable, str(ROOT / "train.py"), *arguments],
         cwd=cwd,
-        env={**os.environ, **environment},
+        env={**inherited, **environment},
         capture_output=True,
         text=True,
         timeout=200,
