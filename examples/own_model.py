@@ -62,7 +62,7 @@ REGRESSOR = ModelFamily(
         "layers.*.up_proj.weight": Columns(),
         "layers.*.down_proj.weight": Rows(),
     },
-    swaps={"GatedMLP": lambda source, context: ShardedMLP(source, context.groups)},
+    swaps={"GatedMLP": lambda source, context: ShardedMLP(source, context.region)},
     units=lambda config: {},
     expected=lambda config: {"GatedMLP": LAYERS},
 )

@@ -11,6 +11,7 @@ Nothing here reads a tensor on the host: sizes come from shapes or are handed in
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -114,31 +115,82 @@ def gather_last_dim(tensor: Tensor, sizes: Sequence[int], group: dist.ProcessGro
     return tensor if ranks == 1 else _GatherLastDim.apply(tensor, sizes, group)
 
 
-class _ExchangeRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, send_rows: list[int], recv_rows: list[int], group: dist.ProcessGroup) -> Tensor:
-        ctx.send_rows, ctx.recv_rows, ctx.group = send_rows, recv_rows, group
-        received = rows.new_empty((sum(recv_rows), *rows.shape[1:]))
-        dist.all_to_all_single(received, rows.contiguous(), recv_rows, send_rows, group=group)
+class _Transfer:
+    """One exchange under way, in the forward or in the backward pass."""
+
+    def __init__(self, send_rows: list[int], recv_rows: list[int], group: dist.ProcessGroup) -> None:
+        self.send_rows, self.recv_rows, self.group = send_rows, recv_rows, group
+        self._under_way: tuple[Any, Tensor, Tensor] | None = None
+
+    def start(self, rows: Tensor, send: list[int], recv: list[int]) -> Tensor:
+        """The buffer that the rows will be in after `finish`."""
+        rows = rows.contiguous()
+        received = rows.new_empty((sum(recv), *rows.shape[1:]))
+        work = dist.all_to_all_single(received, rows, recv, send, group=self.group, async_op=True)
+        # The rows are kept until then: nobody must reuse their memory.
+        self._under_way = work, rows, received
         return received
 
+    def finish(self) -> Tensor:
+        """The received rows."""
+        assert self._under_way is not None, "an exchange is waited for once"
+        work, _, received = self._under_way
+        work.wait()
+        self._under_way = None
+        return received
+
+
+class _StartExchange(torch.autograd.Function):
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        returned = grad.new_empty((sum(ctx.send_rows), *grad.shape[1:]))
-        dist.all_to_all_single(returned, grad.contiguous(), ctx.send_rows, ctx.recv_rows, group=ctx.group)
-        return returned, None, None, None
+    def forward(ctx: Any, rows: Tensor, transfer: _Transfer) -> Tensor:
+        ctx.transfer = transfer
+        return transfer.start(rows, transfer.send_rows, transfer.recv_rows)
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None]:
+        return ctx.transfer.finish(), None
 
 
-def exchange_rows(
+class _FinishExchange(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, received: Tensor, transfer: _Transfer) -> Tensor:
+        ctx.transfer = transfer
+        transfer.finish()
+        return received.view_as(received)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        # The gradient travels beside the graph: what goes along the edge must have the shape of the rows here,
+        # and nobody looks at it.
+        ctx.transfer.start(grad, ctx.transfer.recv_rows, ctx.transfer.send_rows)
+        return grad, None
+
+
+@dataclass(frozen=True)
+class Arriving:
+    """Rows on their way; other work may be done before `wait`."""
+
+    _rows: Tensor
+    _transfer: _Transfer | None
+
+    def wait(self) -> Tensor:
+        """The rows, local [R, …]; once per exchange."""
+        if self._transfer is None:
+            return self._rows
+        return _FinishExchange.apply(self._rows, self._transfer)
+
+
+def start_exchange(
     rows_ND: Tensor, send_rows: Sequence[int], recv_rows: Sequence[int], group: dist.ProcessGroup | None
-) -> Tensor:
-    """Send each row to the rank that owns its expert (all-to-all with uneven splits).
+) -> Arriving:
+    """Begin to send each row to the rank that owns its expert (all-to-all with uneven splits).
 
     rows_ND:   local [N, ...], sorted by destination rank.
     send_rows: rows per destination, host integers; sums to N, zeros allowed.
     recv_rows: rows per source, host integers; sums to R, zeros allowed.
-    Returns local [R, ...], sorted by source rank; never aliases the input.
-    Gradient: the same exchange with the two counts swapped.
+    The result's `wait` returns local [R, ...], sorted by source rank; never aliases the input.
+    Gradient: the same exchange with the two counts swapped; in the backward pass too, what was computed
+    between the two calls is computed while rows travel.
     Raises CountMismatch before communicating, so that no peer hangs.
     """
     send, recv, size = list(send_rows), list(recv_rows), group_size(group)
@@ -154,5 +206,13 @@ def exchange_rows(
     if size == 1:
         if send != recv:
             raise CountMismatch(f"a group of one receives what it sends, but send_rows={send}, recv_rows={recv}.")
-        return rows_ND.clone()
-    return _ExchangeRows.apply(rows_ND, send, recv, group)
+        return Arriving(rows_ND.clone(), None)
+    transfer = _Transfer(send, recv, group)  # type: ignore[arg-type]
+    return Arriving(_StartExchange.apply(rows_ND, transfer), transfer)
+
+
+def exchange_rows(
+    rows_ND: Tensor, send_rows: Sequence[int], recv_rows: Sequence[int], group: dist.ProcessGroup | None
+) -> Tensor:
+    """`start_exchange` and `wait` in one."""
+    return start_exchange(rows_ND, send_rows, recv_rows, group).wait()

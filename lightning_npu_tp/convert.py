@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,16 +20,59 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from lightning_npu_tp.data_parallel import DATA_PARALLEL, DataParallel, parallelize_over_data, rebind_groups
 from lightning_npu_tp.errors import ConfigError, ConversionError
 from lightning_npu_tp.families.family import BuildContext, ModelFamily
 from lightning_npu_tp.families.registry import FAMILIES
 from lightning_npu_tp.initial import initial_shard, stream_seed
 from lightning_npu_tp.kernels import Kernels
 from lightning_npu_tp.layers.causal_lm import ATTENTION_NAME, become
-from lightning_npu_tp.layout import EXPERT_AXIS, TENSOR_AXIS, Groups, Layout, Meshes, divisors
+from lightning_npu_tp.layout import (
+    DISPATCH,
+    EXPERT_AXIS,
+    TENSOR_AXIS,
+    Dispatch,
+    Groups,
+    Layout,
+    Meshes,
+    divisors,
+    resolve_dispatch,
+)
 from lightning_npu_tp.plan import Rule, chunk_bounds, match_plan
+from lightning_npu_tp.recompute import RECOMPUTE, Recompute, recompute_layers
+from lightning_npu_tp.region import Region
+from lightning_npu_tp.region import local as local_part
 
 _RECORD = "_lightning_npu_tp"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How a layout is used; none of it changes what is computed.
+
+    sequence_parallel: norms, residuals and routers run on a slice of the sequence per tensor rank.
+    dispatch:          how tokens reach their experts: "auto", "replicated" or "all_to_all".
+    recompute:         which activations are computed again in the backward pass: "none", "moe" (hidden ones
+                       of the routed experts) or "block" (all of a decoder layer).
+    data_parallel:     "shard" (FSDP2) or "replicate".
+    region:            makes the Region; the proof puts one in that leaves collectives out.
+
+    Raises ConfigError for a value that does not exist.
+    """
+
+    sequence_parallel: bool = False
+    dispatch: Dispatch = "auto"
+    recompute: Recompute = "none"
+    data_parallel: DataParallel = "shard"
+    region: Callable[..., Region] = Region
+
+    def __post_init__(self) -> None:
+        known = {"dispatch": DISPATCH, "recompute": RECOMPUTE, "data_parallel": DATA_PARALLEL}
+        for name, values in known.items():
+            if getattr(self, name) not in values:
+                raise ConfigError(
+                    f"{name}={getattr(self, name)!r} does not exist. Set strategy.{name} to one of {list(values)}."
+                )
 
 
 @dataclass
@@ -44,12 +87,14 @@ class ConversionReport:
     local_bytes:       their bytes on this rank.
     rules:             parameter name -> rule.
     layout, groups:    what it was sharded for, and the groups that its modules use.
+    dispatch:          how tokens reach their experts; "none" for a model without any.
     """
 
     model: str
     family: str
     layout: Layout
     groups: Groups
+    dispatch: str = "none"
     swapped: Counter[str] = field(default_factory=Counter)
     parameters: int = 0
     local_parameters: int = 0
@@ -115,19 +160,22 @@ def convert(
     device: torch.device,
     dtype: torch.dtype | None,
     seed: int,
+    options: Options | None = None,
 ) -> list[ConversionReport]:
     """Convert every supported model inside `root` that is not converted yet.
 
     families: the user's own, tried before the built-in ones.
     dtype:    of the parameters; None keeps each parameter's own.
     seed:     for parameters on the meta device.
+    options:  how the layout is used.
 
     Every rank calls it. Raises ConversionError and ConfigError before any module is changed.
     """
     reports = []
     for name, model, family in list(find_models(root, (*families, *FAMILIES))):
         if not hasattr(model, _RECORD):
-            reports.append(_convert_one(name, model, family, meshes, groups, kernels, device, dtype, seed))
+            settings = (options or Options(), device, dtype, seed)
+            reports.append(_convert_one(name, model, family, meshes, groups, kernels, *settings))
     return reports
 
 
@@ -138,6 +186,7 @@ def _convert_one(
     meshes: Meshes,
     groups: Groups,
     kernels: Kernels,
+    options: Options,
     device: torch.device,
     dtype: torch.dtype | None,
     seed: int,
@@ -158,9 +207,20 @@ def _convert_one(
 
     own_config = _own_config(model, config)
     report = ConversionReport(model=model_name, family=family.name, layout=meshes.layout, groups=groups, rules=rules)
-    report.swapped = _swap(swaps, family, BuildContext(groups=groups, kernels=kernels, config=own_config))
+    region = options.region(groups, sequence_parallel=options.sequence_parallel and meshes.layout.tensor > 1)
+    dispatch = resolve_dispatch(meshes.layout, options.dispatch)
+    if any(rule.axis == "expert" for rule in rules.values()):
+        report.dispatch = dispatch
+    report.swapped = _swap(
+        swaps,
+        family,
+        BuildContext(
+            region=region, kernels=kernels, config=own_config, dispatch=dispatch, recompute=options.recompute
+        ),
+    )
     for path, mixin in family.mixins.items():
         become(model.get_submodule(path), mixin)
+        model.get_submodule(path).region = region
     left = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     assert left == set(names), f"swapping changed parameter names: {sorted(left ^ set(names))}"
 
@@ -191,9 +251,15 @@ def _convert_one(
             )
             sharded[first] = nn.Parameter(tensor, requires_grad=parameter.requires_grad)
             report.parameters += parameter.numel()
-            report.local_parameters += local.numel()
-            report.local_bytes += local.numel() * local.element_size()
         _set_parameter(model, name, sharded[first])
+    if options.recompute == "block":
+        recompute_layers(model, region, own_config)
+    if meshes.layout.data > 1:
+        parallelize_over_data(model, family.layers, meshes, options.data_parallel)
+    for parameter in model.parameters():
+        own = local_part(parameter)
+        report.local_parameters += own.numel()
+        report.local_bytes += own.numel() * own.element_size()
     object.__setattr__(model, _RECORD, report)
     return report
 
@@ -311,6 +377,7 @@ def adopt(root: nn.Module, meshes: Meshes) -> list[Groups]:
                 f"Build it anew and load a checkpoint: checkpoints load into any layout."
             )
         report.groups.bind(meshes)
+        rebind_groups(module)
         adopted.append(report.groups)
     return adopted
 

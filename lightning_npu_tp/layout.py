@@ -95,6 +95,28 @@ class Layout:
         return cls(data=data, tensor=tensor, expert=expert)
 
 
+Dispatch = Literal["auto", "replicated", "all_to_all"]
+DISPATCH: tuple[Dispatch, ...] = ("auto", "replicated", "all_to_all")
+
+
+def resolve_dispatch(layout: Layout, dispatch: Dispatch) -> Dispatch:
+    """How tokens reach their experts in this layout; auto exchanges nothing where that works.
+
+    Raises ConfigError for a dispatch that does not exist or that the layout does not allow.
+    """
+    if dispatch not in DISPATCH:
+        raise ConfigError(f"dispatch={dispatch!r} does not exist. Set strategy.dispatch to one of {list(DISPATCH)}.")
+    if dispatch == "auto":
+        return "replicated" if layout.expert == layout.tensor else "all_to_all"
+    if dispatch == "replicated" and layout.expert != layout.tensor:
+        raise ConfigError(
+            f"dispatch=replicated needs experts divided over the {layout.tensor} tensor ranks, which see the same "
+            f"tokens, but expert_parallel_size={layout.expert}. Set strategy.dispatch to auto or all_to_all, or "
+            f"strategy.expert_parallel_size={layout.tensor}."
+        )
+    return dispatch
+
+
 @dataclass(frozen=True)
 class Meshes:
     """The device meshes of one layout.

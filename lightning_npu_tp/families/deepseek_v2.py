@@ -19,7 +19,6 @@ from lightning_npu_tp.layers.linear import RMSNorm, ShardedMLP
 from lightning_npu_tp.layers.mla import MLAttention
 from lightning_npu_tp.layers.rotary import RotaryTables
 from lightning_npu_tp.layers.vocab import VocabEmbedding, VocabHead
-from lightning_npu_tp.moe import dispatch
 from lightning_npu_tp.moe.block import MoEBlock
 from lightning_npu_tp.plan import Columns, Experts, Plan, Replicated, Rows, Vocab
 
@@ -112,7 +111,7 @@ def check(config: Any) -> None:
 
 
 def _norm(source: Any, context: BuildContext) -> nn.Module:
-    return RMSNorm(source.weight, source.variance_epsilon)
+    return RMSNorm(source.weight, source.variance_epsilon, context.region)
 
 
 def _moe(source: Any, context: BuildContext) -> nn.Module:
@@ -125,9 +124,10 @@ def _moe(source: Any, context: BuildContext) -> nn.Module:
             num_experts=config.n_routed_experts,
             top_k=config.num_experts_per_tok,
             kernels=context.kernels,
-            group=context.groups.tensor,
-            dispatcher=dispatch.Replicated(context.groups.expert),
-            shared_experts=ShardedMLP(source.shared_experts, context.groups, partial=True),
+            region=context.region,
+            dispatcher=context.dispatcher(),
+            recompute=context.recompute,
+            shared_experts=ShardedMLP(source.shared_experts, context.region, partial=True),
             topk_method=config.topk_method,
             num_groups=config.n_group or 1,
             topk_group=config.topk_group or 1,
@@ -137,6 +137,8 @@ def _moe(source: Any, context: BuildContext) -> nn.Module:
             # Not in transformers' config class; checkpoints carry them, and extra keys stay attributes.
             aux_loss_alpha=getattr(config, "aux_loss_alpha", 0.0),
             seq_aux=getattr(config, "seq_aux", True),
+            z_loss_coef=getattr(config, "router_z_loss_coef", 0.0),
+            selection_bias=getattr(config, "loss_free_bias", False),
         )
     block.adopt_parameters(source)
     return block
@@ -151,12 +153,12 @@ DEEPSEEK_V2 = ModelFamily(
     check=check,
     mixins={"": ShardedCausalLM, "model": ShardedDecoder},
     swaps={
-        "Embedding": lambda source, context: VocabEmbedding(source, context.groups),
-        "Linear": lambda source, context: VocabHead(source, context.groups),
+        "Embedding": lambda source, context: VocabEmbedding(source, context.region),
+        "Linear": lambda source, context: VocabHead(source, context.region),
         "DeepseekV2RotaryEmbedding": lambda source, context: RotaryTables(source),
-        "DeepseekV2Attention": lambda source, context: MLAttention(source, context.groups),
+        "DeepseekV2Attention": lambda source, context: MLAttention(source, context.region),
         "DeepseekV2RMSNorm": _norm,
-        "DeepseekV2MLP": lambda source, context: ShardedMLP(source, context.groups),
+        "DeepseekV2MLP": lambda source, context: ShardedMLP(source, context.region),
         "DeepseekV2Moe": _moe,
     },
 )

@@ -14,22 +14,31 @@ from typing import Any
 from torch import nn
 
 from lightning_npu_tp.kernels import Kernels
-from lightning_npu_tp.layout import Groups
+from lightning_npu_tp.moe.dispatch import AllToAll, Replicated
 from lightning_npu_tp.plan import Plan
+from lightning_npu_tp.region import Region
 
 
 @dataclass(frozen=True)
 class BuildContext:
     """What a constructor of a swapped module may use.
 
-    groups:  process groups, looked up at each use.
-    kernels: the kernels chosen for the device and by the user.
-    config:  the model's own (copied) config.
+    region:    frames the work on split parameters; all modules of the model share it.
+    kernels:   the kernels chosen for the device and by the user.
+    config:    the model's own (copied) config.
+    dispatch:  "replicated" or "all_to_all".
+    recompute: "none", "moe" or "block"; the blocks heed "moe".
     """
 
-    groups: Groups
+    region: Region
     kernels: Kernels
     config: Any
+    dispatch: str = "replicated"
+    recompute: str = "none"
+
+    def dispatcher(self) -> Replicated | AllToAll:
+        """How tokens reach the experts, for a mixture-of-experts block."""
+        return (AllToAll if self.dispatch == "all_to_all" else Replicated)(self.region.groups.expert)
 
 
 # Any: which transformers module comes in, each constructor knows.
@@ -50,6 +59,7 @@ class ModelFamily:
                  forward then replaces its own.
     expected:    config -> {class name: how many are swapped}; None asks for at least one of each.
     check:       config -> None; raises ConversionError for a variant that is not supported.
+    layers:      path of the list of decoder layers; data parallelism gathers one at a time.
     """
 
     name: str
@@ -60,6 +70,7 @@ class ModelFamily:
     mixins: Mapping[str, type] = field(default_factory=dict)
     expected: Callable[[Any], Mapping[str, int]] | None = None
     check: Callable[[Any], None] = lambda config: None
+    layers: str = "model.layers"
 
     def matches(self, module: nn.Module) -> bool:
         """Whether this family converts `module`; compares names, so that nothing is imported."""

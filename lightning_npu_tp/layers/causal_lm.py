@@ -17,6 +17,8 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 from lightning_npu_tp.layers.vocab import IGNORED_LABEL
+from lightning_npu_tp.layout import Groups
+from lightning_npu_tp.region import Region
 
 # transformers builds no mask for an implementation that it has no mask function for: ours come in
 # ready made (bool [B, 1, S, L]) or are None, which means causal.
@@ -60,6 +62,9 @@ class ShardedDecoder(nn.Module):
     """Mixin for a transformers decoder (`embed_tokens`, `layers`, `norm`, `rotary_emb`)."""
 
     layers: Any
+    embed_tokens: Any
+    # Set by conversion; a decoder that was only mixed with this class works whole.
+    region: Region = Region(Groups())
 
     def forward(
         self,
@@ -71,8 +76,13 @@ class ShardedDecoder(nn.Module):
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As transformers' forward; all tensors global and replicated over the tensor ranks."""
+        """As transformers' forward; all tensors global and replicated over the tensor ranks.
+
+        Within `region.sequence(…)`, last_hidden_state is this rank's slice of the sequence.
+        """
         tokens = input_ids if input_ids is not None else inputs_embeds
+        if use_cache is None and self.training:
+            use_cache = False
         mask = None
         if tokens is not None:
             past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
@@ -86,8 +96,12 @@ class ShardedDecoder(nn.Module):
             counted = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
             for block in moe_blocks(self):
                 block.token_mask = counted
-        if use_cache is None and self.training:
-            use_cache = False
+            if self.region.is_sliced:
+                if position_ids is None:
+                    # transformers would count the positions of the slice.
+                    position_ids = torch.arange(tokens.shape[1], device=tokens.device)[None]
+                embeds = self.embed_tokens(input_ids) if inputs_embeds is None else self.region.slice(inputs_embeds)
+                input_ids, inputs_embeds = None, embeds
         return super().forward(
             input_ids=input_ids,
             attention_mask=mask,
@@ -136,16 +150,22 @@ class ShardedCausalLM(nn.Module):
         has_labels = shift_labels is not None
         if use_cache is None and has_labels:
             use_cache = False
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
-        )
-        hidden = outputs.last_hidden_state
+        region: Region = self.model.region
+        tokens = input_ids if input_ids is not None else inputs_embeds
+        sliced = None
+        if tokens is not None:
+            sliced = region.length_to_slice(tokens.shape[1], has_cache=past_key_values is not None or bool(use_cache))
+        with region.sequence(sliced):
+            outputs = self.model(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds,
+                use_cache=use_cache,
+                **kwargs,
+            )
+            hidden = region.enter(outputs.last_hidden_state, of=self.lm_head)
         loss = None
         if shift_labels is not None:
             flat = shift_labels.reshape(-1)
@@ -156,7 +176,7 @@ class ShardedCausalLM(nn.Module):
         if gather_logits or (gather_logits is None and not has_labels):
             # slice(-0, None) is everything, which is what 0 means to transformers.
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.lm_head(hidden[:, keep])
+            logits = self.lm_head.logits(hidden[:, keep])
         aux_losses = [block.aux_loss for block in moe_blocks(self.model) if block.aux_loss is not None]
         return MoeCausalLMOutputWithPast(
             loss=loss,

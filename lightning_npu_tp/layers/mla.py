@@ -13,11 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_npu_tp.collectives import copy_to_group, reduce_from_group
 from lightning_npu_tp.layers.attention import attend
-from lightning_npu_tp.layers.linear import RMSNorm, ShardedLinear, local
+from lightning_npu_tp.layers.linear import RMSNorm, ShardedLinear
 from lightning_npu_tp.layers.rotary import rotate_interleaved
-from lightning_npu_tp.layout import Groups
+from lightning_npu_tp.region import Region
 
 
 class MLAttention(nn.Module):
@@ -26,7 +25,7 @@ class MLAttention(nn.Module):
     Axes: B batch, S query length, L key length, H local heads, N nope dim, R rope dim, V value dim.
     """
 
-    def __init__(self, source: Any, groups: Groups) -> None:
+    def __init__(self, source: Any, region: Region) -> None:
         super().__init__()
         config = source.config
         self.layer_idx = source.layer_idx
@@ -37,23 +36,27 @@ class MLAttention(nn.Module):
         self.value_dim = source.v_head_dim
         self.scaling = source.scaling
         self.dropout = config.attention_dropout
-        self.groups = groups
+        self.region = region
         if self.q_lora_rank is None:
             self.q_proj = ShardedLinear(source.q_proj)
         else:
-            self.q_a_proj = ShardedLinear(source.q_a_proj)
-            self.q_a_layernorm = RMSNorm(source.q_a_layernorm.weight, source.q_a_layernorm.variance_epsilon)
+            self.q_a_proj = ShardedLinear(source.q_a_proj, region=region)
+            self.q_a_layernorm = RMSNorm(source.q_a_layernorm.weight, source.q_a_layernorm.variance_epsilon, region)
             self.q_b_proj = ShardedLinear(source.q_b_proj)
-        self.kv_a_proj_with_mqa = ShardedLinear(source.kv_a_proj_with_mqa)
-        self.kv_a_layernorm = RMSNorm(source.kv_a_layernorm.weight, source.kv_a_layernorm.variance_epsilon)
+        self.kv_a_proj_with_mqa = ShardedLinear(source.kv_a_proj_with_mqa, region=region)
+        self.kv_a_layernorm = RMSNorm(source.kv_a_layernorm.weight, source.kv_a_layernorm.variance_epsilon, region)
         self.kv_b_proj = ShardedLinear(source.kv_b_proj)
         self.o_proj = ShardedLinear(source.o_proj, skip_bias=True)
 
-    def _queries(self, hidden_BSD: Tensor) -> Tensor:
-        group = self.groups.tensor()
+    def _queries(self, hidden_BSD: Tensor) -> tuple[Tensor, Tensor]:
+        """This rank's queries [B, S, H * (N + R)], and what the replicated projections take in."""
         if self.q_lora_rank is None:
-            return self.q_proj(copy_to_group(hidden_BSD, group=group))
-        return self.q_b_proj(copy_to_group(self.q_a_layernorm(self.q_a_proj(hidden_BSD)), group=group))
+            entered = self.region.enter(hidden_BSD, of=self.q_proj)
+            return self.q_proj(entered), self.region.outside(hidden_BSD, entered)
+        # With whole activations only the latents enter, which are narrower.
+        alike = self.region.enter(hidden_BSD, of=self.q_a_proj) if self.region.is_sliced else hidden_BSD
+        latent = self.q_a_layernorm(self.q_a_proj(alike))
+        return self.q_b_proj(self.region.share(latent, of=(self.q_a_proj, self.q_a_layernorm, self.q_b_proj))), alike
 
     def forward(
         self,
@@ -63,26 +66,26 @@ class MLAttention(nn.Module):
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         **_: Any,
     ) -> tuple[Tensor, None]:
-        """hidden_states: [B, S, D] replicated; attention_mask: bool [B, 1, S, L], None means causal.
+        """hidden_states: [B, S or slice, D]; attention_mask: bool [B, 1, S, L], None means causal.
 
-        Returns ([B, S, D] replicated, None).
+        Returns (the same shape, None).
         """
-        batch, length = hidden_states.shape[:2]
-        group = self.groups.tensor()
         assert position_embeddings is not None, "the decoder hands the rotary tables to every layer"
         cos, sin = position_embeddings
 
-        q_BSHE = self._queries(hidden_states).view(batch, length, -1, self.nope_dim + self.rope_dim)
+        queries, alike = self._queries(hidden_states)
+        q_BSHE = queries.unflatten(-1, (-1, self.nope_dim + self.rope_dim))
         q_nope, q_rope = q_BSHE.split([self.nope_dim, self.rope_dim], dim=-1)
         q_BSHE = torch.cat((q_nope, rotate_interleaved(q_rope, cos, sin)), dim=-1)
 
-        latent, k_rope = self.kv_a_proj_with_mqa(hidden_states).split([self.kv_lora_rank, self.rope_dim], dim=-1)
+        latent, k_rope = self.kv_a_proj_with_mqa(alike).split([self.kv_lora_rank, self.rope_dim], dim=-1)
         latent = self.kv_a_layernorm(latent)
         k_rope = rotate_interleaved(k_rope[:, :, None], cos, sin)
         if past_key_values is not None:
             latent, k_rope = past_key_values.update(latent[:, None], k_rope.transpose(1, 2), self.layer_idx)
             latent, k_rope = latent[:, 0], k_rope.transpose(1, 2)
-        latent, k_rope = copy_to_group(latent, k_rope, group=group)
+        shared_by = (self.kv_a_proj_with_mqa, self.kv_a_layernorm, self.kv_b_proj)
+        latent, k_rope = self.region.share(latent, k_rope, of=shared_by)
 
         kv_BLHE = self.kv_b_proj(latent).unflatten(-1, (-1, self.nope_dim + self.value_dim))
         k_nope, v_BLHV = kv_BLHE.split([self.nope_dim, self.value_dim], dim=-1)
@@ -96,5 +99,5 @@ class MLAttention(nn.Module):
             scale=self.scaling,
             dropout=self.dropout if self.training else 0.0,
         )
-        out = reduce_from_group(self.o_proj(out_BHSV.transpose(1, 2).flatten(2)), group)
-        return (out if self.o_proj.bias is None else out + local(self.o_proj.bias)), None
+        out = self.region.leave(self.o_proj(out_BHSV.transpose(1, 2).flatten(2)), of=self.o_proj)
+        return (out if self.o_proj.bias is None else out + self.region.weight(self.o_proj, "bias")), None

@@ -15,10 +15,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_npu_tp.collectives import copy_to_group, gather_last_dim, group_rank, group_size, reduce_from_group
-from lightning_npu_tp.layers.linear import local
-from lightning_npu_tp.layout import Groups
+from lightning_npu_tp.collectives import gather_last_dim, group_rank, group_size
 from lightning_npu_tp.plan import chunk_bounds
+from lightning_npu_tp.region import Region, local
 
 IGNORED_LABEL = -100
 # Logits of one chunk in float32; small enough for a CPU's cache hierarchy and nothing on a card.
@@ -31,16 +30,16 @@ class VocabEmbedding(nn.Module):
     weight: global [V, D], local [~V/t, D]. The row of `padding_idx` gets no gradient.
     """
 
-    def __init__(self, source: nn.Embedding, groups: Groups) -> None:
+    def __init__(self, source: nn.Embedding, region: Region) -> None:
         super().__init__()
         self.weight = source.weight
         self.num_embeddings = source.num_embeddings
         self.padding_idx = source.padding_idx
-        self.groups = groups
+        self.region = region
 
     def forward(self, ids: Tensor) -> Tensor:
-        """ids: [B, S] global ids, replicated; returns [B, S, D], replicated."""
-        group = self.groups.tensor()
+        """ids: [B, S] global ids, replicated; returns [B, S or slice, D]."""
+        group = self.region.groups.tensor()
         if group is None:
             return F.embedding(ids, local(self.weight), self.padding_idx)
         start, stop = chunk_bounds(self.num_embeddings, group_rank(group), group_size(group))
@@ -50,7 +49,7 @@ class VocabEmbedding(nn.Module):
             # Its value stays, its gradient goes: `embedding`'s own padding_idx would hit a foreign row 0.
             padding = (ids == self.padding_idx)[..., None]
             rows = torch.where(padding, rows.detach(), rows)
-        return reduce_from_group(rows.masked_fill(foreign[..., None], 0), group)
+        return self.region.leave(rows.masked_fill(foreign[..., None], 0), of=self)
 
 
 class VocabHead(nn.Module):
@@ -59,18 +58,22 @@ class VocabHead(nn.Module):
     weight: global [V, D], local [~V/t, D].
     """
 
-    def __init__(self, source: nn.Linear, groups: Groups) -> None:
+    def __init__(self, source: nn.Linear, region: Region) -> None:
         super().__init__()
         self.weight = source.weight
         self.bias = source.bias
         self.vocab_size = source.out_features
-        self.groups = groups
+        self.region = region
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """hidden: [..., D] replicated; returns logits [..., V], gathered on every rank, differentiable."""
-        group = self.groups.tensor()
+        """hidden: [B, S or slice, D]; returns logits [B, S, V], gathered on every rank, differentiable."""
+        return self.logits(self.region.enter(hidden, of=self))
+
+    def logits(self, entered: Tensor) -> Tensor:
+        """Logits [..., V], gathered on every rank, of activations [..., D] that have entered the region."""
+        group = self.region.groups.tensor()
         bias = None if self.bias is None else local(self.bias)
-        logits = F.linear(copy_to_group(hidden, group=group), local(self.weight), bias)
+        logits = F.linear(entered, local(self.weight), bias)
         ranks = group_size(group)
         bounds = [chunk_bounds(self.vocab_size, rank, ranks) for rank in range(ranks)]
         return gather_last_dim(logits, [stop - start for start, stop in bounds], group)
@@ -78,11 +81,10 @@ class VocabHead(nn.Module):
     def token_losses(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy per token without gathering logits.
 
-        hidden: [T, D] replicated. labels: [T] global ids, IGNORED_LABEL counts nothing.
+        hidden: [T, D], has entered the region. labels: [T] global ids, IGNORED_LABEL counts nothing.
         Returns [T] nats in at least float32, zero where ignored; replicated.
         """
-        group = self.groups.tensor()
-        hidden = copy_to_group(hidden, group=group)
+        group = self.region.groups.tensor()
         weight = local(self.weight)
         bias = None if self.bias is None else local(self.bias)
         if torch.is_autocast_enabled(hidden.device.type):

@@ -11,21 +11,27 @@ P ranks of the expert group.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_npu_tp.collectives import exchange_rows, group_rank, group_size
+from lightning_npu_tp.collectives import group_rank, group_size, start_exchange
 from lightning_npu_tp.kernels.rows import PickRows, rows_to_tokens, sort_picks, tokens_to_rows
+from lightning_npu_tp.recompute import remembered
 
 GroupProvider = Callable[[], dist.ProcessGroup | None]
+Meanwhile = Callable[[], Any]
 
 
 def one_process() -> None:
     """The group provider of a model that is not sharded."""
     return None
+
+
+def nothing() -> None:
+    """What there is to do meanwhile when nobody says."""
 
 
 class Experts(Protocol):
@@ -47,16 +53,21 @@ class Replicated:
     group: looked up at each call, since a trainer may rebuild process groups between fits.
     """
 
-    # The owner sums results over the group, and tokens and weights enter through `copy_to_group`.
-    is_partial = True
+    name = "replicated"
 
     def __init__(self, group: GroupProvider = one_process) -> None:
         self.group = group
 
-    def __call__(self, x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, experts: Experts) -> Tensor:
-        """Return this rank's experts' part, [T, D]; gradients of tokens and weights are partial too."""
+    def __call__(
+        self, x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, experts: Experts, meanwhile: Meanwhile = nothing
+    ) -> tuple[Tensor, Any]:
+        """This rank's experts' part, [T, D], and what `meanwhile()` returned.
+
+        Gradients of tokens and weights are this rank's part too.
+        """
         first = group_rank(self.group()) * experts.num_local
-        return experts(x_TD, weights_TK, sort_picks(experts_TK, first=first, num_local=experts.num_local))
+        y_TD = experts(x_TD, weights_TK, sort_picks(experts_TK, first=first, num_local=experts.num_local))
+        return y_TD, meanwhile()
 
 
 class AllToAll:
@@ -65,31 +76,42 @@ class AllToAll:
     group: looked up at each call. Numbers of tokens may differ between ranks, zero included.
     """
 
-    is_partial = False
+    name = "all_to_all"
 
     def __init__(self, group: GroupProvider = one_process) -> None:
         self.group = group
 
-    def __call__(self, x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, experts: Experts) -> Tensor:
-        """The complete result for this rank's tokens, [T, D]; gradients are complete as well.
+    def __call__(
+        self, x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, experts: Experts, meanwhile: Meanwhile = nothing
+    ) -> tuple[Tensor, Any]:
+        """The complete result for this rank's tokens, [T, D], and what `meanwhile()` returned while rows travelled.
 
-        The routing weights stay at home: they are applied when the rows are back.
+        Gradients are complete as well. The routing weights stay at home: they are applied when the rows
+        are back.
         """
         group, num_local = self.group(), experts.num_local
-        num_ranks = group_size(group)
-        picks = sort_picks(experts_TK, first=0, num_local=num_ranks * num_local)
-        sent_PE = picks.groups.counts_E.view(num_ranks, num_local)
-        received_PE = sent_PE
-        if num_ranks > 1:
-            received_PE = torch.empty_like(sent_PE)
-            dist.all_to_all_single(received_PE, sent_PE, group=group)
-        # The one host sync: the receive buffer and both lists of splits need their sizes on the host.
-        send_rows, recv_rows = torch.stack([sent_PE.sum(1), received_PE.sum(1)]).tolist()
-        x_MD = exchange_rows(tokens_to_rows(x_TD, picks), send_rows, recv_rows, group)
+        picks = sort_picks(experts_TK, first=0, num_local=group_size(group) * num_local)
+        sent_PE = picks.groups.counts_E.view(group_size(group), num_local)
+        received_PE, send_rows, recv_rows = remembered(lambda: _exchange_counts(sent_PE, group))
+        sent_ND = tokens_to_rows(x_TD, picks)
+        arriving = start_exchange(sent_ND, send_rows, recv_rows, group)
+        aside = meanwhile()
+        x_MD = arriving.wait()
         # Received rows are sorted by source and then by expert; each is a token with one pick here.
-        local_PE = torch.arange(num_local, device=x_TD.device).repeat(num_ranks)
+        local_PE = torch.arange(num_local, device=x_TD.device).repeat(group_size(group))
         expert_M = torch.repeat_interleave(local_PE, received_PE.reshape(-1), output_size=len(x_MD))
         arrived = sort_picks(expert_M[:, None], first=0, num_local=num_local)
         y_MD = experts(x_MD, weights_TK.new_ones(len(x_MD), 1), arrived)
-        y_ND = exchange_rows(y_MD, recv_rows, send_rows, group)
-        return rows_to_tokens(y_ND, weights_TK, picks).to(x_TD.dtype)
+        y_ND = start_exchange(y_MD, recv_rows, send_rows, group).wait()
+        return rows_to_tokens(y_ND, weights_TK, picks).to(x_TD.dtype), aside
+
+
+def _exchange_counts(sent_PE: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, list[int], list[int]]:
+    """Rows to expect from each rank for each local expert; rows to send and to receive by rank, on the host."""
+    received_PE = sent_PE
+    if group_size(group) > 1:
+        received_PE = torch.empty_like(sent_PE)
+        dist.all_to_all_single(received_PE, sent_PE, group=group)
+    # The one host sync: the receive buffer and both lists of splits need their sizes on the host.
+    send_rows, recv_rows = torch.stack([sent_PE.sum(1), received_PE.sum(1)]).tolist()
+    return received_PE, send_rows, recv_rows

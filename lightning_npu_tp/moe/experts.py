@@ -9,6 +9,8 @@ Axes: T tokens, K picks per token, R rows, D hidden, F expert width, E this rank
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
@@ -20,11 +22,26 @@ from lightning_npu_tp.kernels.rows import PickRows, rows_to_tokens, tokens_to_ro
 from lightning_npu_tp.layers.linear import local
 
 
+class _DividedGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, divisor: int) -> Tensor:
+        ctx.divisor = divisor
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        # In place: the kernel has just made it, and it is as large as the experts.
+        return grad.div_(ctx.divisor), None
+
+
 class RoutedExperts(nn.Module):
     """The experts of one rank; each computes down(act(gate(x)) * up(x)).
 
     gate_up_proj: [E, 2F, D], gate over up; down_proj: [E, D, F]. Names as in transformers; a DTensor of
     global shape, split over the experts, serves as well.
+    num_local: E.
+    gradient_divisor: by what the weights' gradients are divided: the data ranks whose tokens these experts
+        see at once, where gradients are averaged over data ranks.
     Raises ConfigError for an unknown activation.
     """
 
@@ -36,6 +53,9 @@ class RoutedExperts(nn.Module):
             raise ConfigError(f"hidden_act={hidden_act!r} is unknown. Use one of {sorted(ACT2FN)}.")
         self.gate_up_proj = nn.Parameter(torch.empty(num_local_experts, 2 * expert_width, hidden_size))
         self.down_proj = nn.Parameter(torch.empty(num_local_experts, hidden_size, expert_width))
+        # A number of its own: data parallelism holds slices of the weights between forwards.
+        self.num_local = num_local_experts
+        self.gradient_divisor = 1
         self.act_fn = ACT2FN[hidden_act]
         self.kernels = kernels
         self._fused = kernels.expert_mlp if hidden_act == "silu" else None
@@ -46,11 +66,6 @@ class RoutedExperts(nn.Module):
         nn.init.normal_(self.gate_up_proj, std=std)
         nn.init.normal_(self.down_proj, std=std)
 
-    @property
-    def num_local(self) -> int:
-        """Number of experts on this rank."""
-        return local(self.gate_up_proj).shape[0]
-
     def forward(self, x_TD: Tensor, weights_TK: Tensor, rows: PickRows) -> Tensor:
         """Sum over each token's local picks of weight * expert(token).
 
@@ -59,6 +74,9 @@ class RoutedExperts(nn.Module):
         Gradient: this rank's part for tokens and weights; complete for the experts.
         """
         gate_up_E2FD, down_EDF = local(self.gate_up_proj), local(self.down_proj)
+        if self.gradient_divisor > 1:
+            gate_up_E2FD = _DividedGradient.apply(gate_up_E2FD, self.gradient_divisor)
+            down_EDF = _DividedGradient.apply(down_EDF, self.gradient_divisor)
         device_type = x_TD.device.type
         autocast = torch.is_autocast_enabled(device_type)
         dtype = torch.get_autocast_dtype(device_type) if autocast else gate_up_E2FD.dtype

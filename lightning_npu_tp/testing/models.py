@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, DeepseekV2Config, PretrainedConfig, PreTrainedModel
 
 from lightning_npu_tp.testing.reference import float64_reference
 
@@ -85,7 +85,7 @@ def tiny_deepseek_v2_grouped_config(**overrides: Any) -> DeepseekV2Config:
 
 
 def random_batch(
-    config: DeepseekV2Config, batch: int, length: int, seed: int, *, padding: bool = False
+    config: PretrainedConfig, batch: int, length: int, seed: int, *, padding: bool = False
 ) -> dict[str, Tensor]:
     """Random tokens as a causal language model takes them; the model shifts the labels.
 
@@ -105,8 +105,8 @@ def random_batch(
     }
 
 
-def reference_model(config: DeepseekV2Config, seed: int = 0, *, attention: str = "eager") -> DeepseekV2ForCausalLM:
-    """The model that transformers itself computes, in float64, with random weights.
+def reference_model(config: PretrainedConfig, seed: int = 0, *, attention: str = "eager") -> PreTrainedModel:
+    """The causal language model that transformers itself computes, in float64, with random weights.
 
     attention: "eager" or "sdpa". The experts run eagerly, the only implementation that takes float64.
     Norm weights are random around 1, so that a forgotten or swapped norm shows. Run it inside
@@ -117,7 +117,7 @@ def reference_model(config: DeepseekV2Config, seed: int = 0, *, attention: str =
     config._experts_implementation = "eager"
     with float64_reference(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = DeepseekV2ForCausalLM(config)
+        model = AutoModelForCausalLM.from_config(config)
         for name, parameter in model.named_parameters():
             if name.endswith("norm.weight"):
                 torch.nn.init.normal_(parameter, mean=1.0, std=0.2)

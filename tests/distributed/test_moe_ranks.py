@@ -22,7 +22,9 @@ from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Moe
 from lightning_npu_tp.errors import ConfigError
 from lightning_npu_tp.kernels import select
 from lightning_npu_tp.moe.block import MoEBlock
-from lightning_npu_tp.moe.dispatch import AllToAll
+from lightning_npu_tp.layout import Groups, Layout, Meshes
+from lightning_npu_tp.moe.dispatch import AllToAll, Replicated
+from lightning_npu_tp.region import Region
 from lightning_npu_tp.testing.operators import CountOperators
 from lightning_npu_tp.testing.reference import assert_close_relative, float64_reference
 
@@ -82,6 +84,12 @@ def make_block(rank: int, ranks: int, problem: dict[str, Any], **settings: Any) 
     return block
 
 
+def replicated(ranks: int) -> dict[str, Any]:
+    """Settings of a block whose tokens all ranks see."""
+    groups = Groups(Meshes.build(Layout.resolve(world=ranks), "cpu"))
+    return {"region": Region(groups), "dispatcher": Replicated(groups.expert)}
+
+
 def whole_group() -> dist.ProcessGroup:
     return dist.group.WORLD
 
@@ -102,7 +110,7 @@ def local_grad(parameter: Tensor) -> Tensor:
 def replicated_step(rank: int, ranks: int, problem: dict[str, Any]) -> dict[str, Tensor]:
     """Forward and backward of the output and the auxiliary loss, on tokens that all ranks see."""
     block = make_block(
-        rank, ranks, problem, group=whole_group, shared_experts=PartialMLP(problem["state"], rank, ranks)
+        rank, ranks, problem, **replicated(ranks), shared_experts=PartialMLP(problem["state"], rank, ranks)
     )
     if problem.get("dtensor"):
         make_dtensors(block, ranks)
@@ -233,7 +241,7 @@ def test_tokens_that_travel_to_their_experts_give_the_numbers_of_one_process(on_
 
 def count_stalls(rank: int, ranks: int, problem: dict[str, Any]) -> list[str]:
     block = make_block(
-        rank, ranks, problem, group=whole_group, shared_experts=PartialMLP(problem["state"], rank, ranks)
+        rank, ranks, problem, **replicated(ranks), shared_experts=PartialMLP(problem["state"], rank, ranks)
     )
     x = problem["x"].float().requires_grad_()
     block = block.float()
@@ -251,7 +259,7 @@ def test_a_rank_reads_nothing_on_the_host_while_tokens_are_replicated(on_ranks, 
 
 def refused_size(rank: int, ranks: int) -> str:
     try:
-        MoEBlock(hidden_size=8, expert_width=8, num_experts=9, top_k=2, kernels=select("cpu"), group=whole_group)
+        MoEBlock(hidden_size=8, expert_width=8, num_experts=9, top_k=2, kernels=select("cpu"), **replicated(2))
     except ConfigError as error:
         return str(error)
     return ""

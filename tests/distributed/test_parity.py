@@ -11,28 +11,24 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from transformers import DeepseekV2Config
 
-from lightning_npu_tp import kernels
-from lightning_npu_tp.clipping import clip_grad_norm_, total_grad_norm
-from lightning_npu_tp.convert import convert
-from lightning_npu_tp.layers.vocab import IGNORED_LABEL
-from lightning_npu_tp.layout import Groups, Layout, Meshes
+from lightning_npu_tp.convert import Options
+from lightning_npu_tp.layout import Layout
 from lightning_npu_tp.testing.models import (
+    ReferenceStep,
     random_batch,
     reference_model,
     reference_step,
     tiny_deepseek_v2_config,
     tiny_deepseek_v2_grouped_config,
 )
-from lightning_npu_tp.testing.reference import relative_difference
+from lightning_npu_tp.testing.sharded import Training, compare, train_sharded
 
 # Double rounding over a few thousand additions per element; a real mistake is 1e-3 and more.
 TOLERANCE = 1e-10
-STEPS, LEARNING_RATE, WEIGHT_DECAY, CLIP_NORM = 3, 1e-2, 0.1, 0.05
+CLIP_NORM = 0.05
 
 CASES: dict[str, dict[str, Any]] = {
     "v2_lite": {},
@@ -73,80 +69,91 @@ def _batches(case: dict[str, Any], config: DeepseekV2Config) -> list[dict[str, T
     return batches
 
 
-def _full(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+# (data, tensor, expert): every kind of layout that four ranks allow.
+LAYOUTS = [(1, 1, 1), (1, 2, 2), (1, 4, 4), (2, 1, 2), (4, 1, 4), (4, 1, 2), (2, 2, 2), (2, 2, 4)]
 
 
-def sharded_step(rank: int, world_size: int, case: dict[str, Any]) -> dict[str, Any]:
+def _training(case: dict[str, Any]) -> Training:
     config = _config(case)
-    # Other weights on the other ranks: rank 0's must reach them.
-    model = reference_model(config, seed=0 if rank == 0 else 99)
-    meshes, groups = Meshes.build(Layout.resolve(world=world_size), "cpu"), Groups()
-    groups.bind(meshes)
-    convert(
-        model,
-        meshes=meshes,
-        groups=groups,
-        kernels=kernels.select("cpu"),
-        device=torch.device("cpu"),
-        dtype=None,
-        seed=0,
+    return Training(config=config, batches=_batches(case, config), clip_norm=CLIP_NORM)
+
+
+def _expected(training: Training) -> ReferenceStep:
+    expected = reference_step(
+        reference_model(training.config),
+        training.batches,
+        steps=training.steps,
+        learning_rate=training.learning_rate,
+        weight_decay=training.weight_decay,
+        clip_norm=training.clip_norm,
     )
-    batches = _batches(case, config)
-    tokens = sum(int((batch["labels"][:, 1:] != IGNORED_LABEL).sum()) for batch in batches)
-    parameters = dict(model.named_parameters())
-    optimizer = torch.optim.AdamW(parameters.values(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-    result: dict[str, Any] = {"losses": []}
-    for step in range(STEPS):
-        optimizer.zero_grad()
-        loss = torch.zeros((), dtype=torch.float64)
-        for batch in batches:
-            output = model(**batch, num_items_in_batch=tokens, gather_logits=True)
-            output.loss.backward()
-            loss += output.loss.detach()
-            if step == 0:
-                result.setdefault("logits", []).append(output.logits.detach())
-        result["losses"].append(loss)
-        if step == 0:
-            result["gradients"] = {name: _full(p.grad).clone() for name, p in parameters.items()}
-            result["grad_norm"] = total_grad_norm(list(parameters.values()))
-        clip_grad_norm_(list(parameters.values()), CLIP_NORM)
-        optimizer.step()
-    result["parameters"] = {name: _full(p.detach()) for name, p in parameters.items()}
-    dist.barrier()
-    return result
+    assert expected.grad_norm > CLIP_NORM, "the case must clip"
+    return expected
+
+
+def _check(on_ranks: Any, training: Training, layout: Layout, options: Options, what: str) -> None:
+    expected = _expected(training)
+    differences: dict[str, float] = {}
+    for rank, run in enumerate(on_ranks(train_sharded, layout.world, training, layout, options, timeout=120)):
+        found = compare(run, expected, training)
+        differences |= {f"rank {rank} {name}": difference for name, difference in found.items()}
+    worst = max(differences, key=differences.__getitem__)
+    print(f"{what}: worst relative difference {differences[worst]:.2e} ({worst})")
+    assert differences[worst] <= TOLERANCE, f"{worst}: {differences[worst]:.3e}"
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 @pytest.mark.parametrize("name", CASES)
 def test_a_sharded_training_run_equals_transformers_in_one_process(on_ranks: Any, name: str, world_size: int) -> None:
-    case = CASES[name]
-    config = _config(case)
-    batches = _batches(case, config)
-    expected = reference_step(
-        reference_model(config),
-        batches,
-        steps=STEPS,
-        learning_rate=LEARNING_RATE,
-        weight_decay=WEIGHT_DECAY,
-        clip_norm=CLIP_NORM,
-    )
-    assert expected.grad_norm > CLIP_NORM, "the case must clip"
-    differences: dict[str, float] = {}
-    for rank, result in enumerate(on_ranks(sharded_step, world_size, case, timeout=120)):
-        assert result["gradients"].keys() == expected.gradients.keys()
-        for step, (actual, wanted) in enumerate(zip(result["losses"], expected.losses, strict=True)):
-            differences[f"rank {rank} loss of step {step}"] = relative_difference(actual, wanted)
-        for index, (actual, wanted, batch) in enumerate(zip(result["logits"], expected.logits, batches, strict=True)):
-            seen = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
-            differences[f"rank {rank} logits {index}"] = relative_difference(actual[seen], wanted[seen])
-        differences[f"rank {rank} clip norm"] = relative_difference(result["grad_norm"], expected.grad_norm)
-        for parameter, wanted in expected.gradients.items():
-            key = f"rank {rank} gradient of {parameter}"
-            differences[key] = relative_difference(result["gradients"][parameter], wanted)
-        for parameter, wanted in expected.parameters.items():
-            key = f"rank {rank} {parameter} after {STEPS} steps"
-            differences[key] = relative_difference(result["parameters"][parameter], wanted)
-    worst = max(differences, key=differences.__getitem__)
-    print(f"{name} on {world_size} ranks: worst relative difference {differences[worst]:.2e} ({worst})")
-    assert differences[worst] <= TOLERANCE, f"{worst}: {differences[worst]:.3e}"
+    _check(on_ranks, _training(CASES[name]), Layout.resolve(world=world_size), Options(), f"{name} x{world_size}")
+
+
+# Sequences of 17 and 19 positions: no number of tensor ranks divides them; 5 sequences: no number of data ranks does.
+LAYOUT_CASES: dict[str, dict[str, Any]] = {
+    "v2_lite": {"shape": (5, 17)},
+    "everything": {
+        "shape": (5, 19),
+        "grouped": True,
+        "padding": True,
+        "micro_batches": 2,
+        "overrides": {"attention_bias": True, "mlp_bias": True, "vocab_size": 131},
+    },
+}
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+@pytest.mark.parametrize("sizes", LAYOUTS[1:])
+@pytest.mark.parametrize("name", LAYOUT_CASES)
+def test_every_layout_equals_one_process(on_ranks: Any, name: str, sizes: Any, sequence_parallel: bool) -> None:
+    layout = Layout(*sizes)
+    if sequence_parallel and layout.tensor == 1:
+        # Nothing is sliced then; what remains to see is that the setting does no harm, once.
+        sizes = LAYOUTS[3]
+    options = Options(sequence_parallel=sequence_parallel)
+    _check(on_ranks, _training(LAYOUT_CASES[name]), layout, options, f"{name} {sizes} {sequence_parallel}")
+
+
+OPTIONS = {
+    "replicate": ((2, 2, 2), Options(data_parallel="replicate")),
+    "replicate_all_to_all": ((2, 2, 4), Options(data_parallel="replicate", sequence_parallel=True)),
+    "all_to_all_over_tensor_ranks": ((1, 4, 4), Options(dispatch="all_to_all")),
+    "all_to_all_over_slices": ((1, 4, 4), Options(dispatch="all_to_all", sequence_parallel=True)),
+    "recompute_moe": ((2, 2, 4), Options(recompute="moe")),
+    "recompute_block": ((2, 2, 4), Options(recompute="block")),
+    "recompute_block_of_slices": ((2, 2, 2), Options(recompute="block", sequence_parallel=True)),
+    "experts_not_divided": ((4, 1, 1), Options()),
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_every_way_to_use_a_layout_equals_one_process(on_ranks: Any, name: str) -> None:
+    sizes, options = OPTIONS[name]
+    _check(on_ranks, _training(LAYOUT_CASES["everything"]), Layout(*sizes), options, name)
+
+
+def test_one_token_per_rank_and_ranks_without_rows(on_ranks: Any) -> None:
+    """More expert ranks than picks: some receive nothing, and sequences shorter than the tensor ranks stay whole."""
+    case = {"overrides": {"n_routed_experts": 32, "num_experts_per_tok": 1}, "shape": (2, 3)}
+    for options in (Options(), Options(sequence_parallel=True), Options(dispatch="all_to_all")):
+        _check(on_ranks, _training(case), Layout(1, 4, 4), options, "three tokens on four tensor ranks")
+    _check(on_ranks, _training(case), Layout(2, 2, 4), Options(sequence_parallel=True), "three tokens, two ranks")

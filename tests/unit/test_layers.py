@@ -19,6 +19,7 @@ from lightning_npu_tp.layers.linear import RMSNorm
 from lightning_npu_tp.layers.rotary import RotaryTables, rotate_interleaved
 from lightning_npu_tp.layers.vocab import IGNORED_LABEL, VocabEmbedding, VocabHead
 from lightning_npu_tp.layout import Groups
+from lightning_npu_tp.region import Region
 from lightning_npu_tp.testing.models import tiny_deepseek_v2_config
 from lightning_npu_tp.testing.operators import CountOperators
 from lightning_npu_tp.testing.reference import float64_reference, relative_difference
@@ -99,7 +100,7 @@ def test_masks_say_who_sees_whom() -> None:
 
 
 def _head(vocab_size: int = 50, width: int = 8) -> VocabHead:
-    return VocabHead(nn.Linear(width, vocab_size, dtype=torch.float64), Groups())
+    return VocabHead(nn.Linear(width, vocab_size, dtype=torch.float64), Region(Groups()))
 
 
 @pytest.mark.parametrize("chunk_rows", [1000, 3])
@@ -139,7 +140,7 @@ def test_the_loss_never_holds_all_logits(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_the_loss_of_bfloat16_hidden_states_is_float32_and_takes_every_label_ignored() -> None:
-    head = VocabHead(nn.Linear(8, 50, bias=False, dtype=torch.bfloat16), Groups())
+    head = VocabHead(nn.Linear(8, 50, bias=False, dtype=torch.bfloat16), Region(Groups()))
     hidden = torch.randn(4, 8, dtype=torch.bfloat16, requires_grad=True)
     losses = head.token_losses(hidden, torch.full((4,), IGNORED_LABEL))
     losses.sum().backward()
@@ -148,7 +149,7 @@ def test_the_loss_of_bfloat16_hidden_states_is_float32_and_takes_every_label_ign
 
 
 def test_autocast_runs_the_head_in_bfloat16_and_the_loss_in_float32() -> None:
-    head = VocabHead(nn.Linear(8, 50, bias=False), Groups())
+    head = VocabHead(nn.Linear(8, 50, bias=False), Region(Groups()))
     hidden, labels = torch.randn(4, 8), torch.randint(0, 50, (4,))
     seen = set()
     plain = F.linear
@@ -164,7 +165,7 @@ def test_autocast_runs_the_head_in_bfloat16_and_the_loss_in_float32() -> None:
 
 
 def test_embedding_gives_the_padding_row_no_gradient() -> None:
-    embedding = VocabEmbedding(nn.Embedding(6, 3, padding_idx=2), Groups())
+    embedding = VocabEmbedding(nn.Embedding(6, 3, padding_idx=2), Region(Groups()))
     embedding(torch.tensor([[2, 1]])).sum().backward()
     assert embedding.weight.grad[2].eq(0).all() and embedding.weight.grad[1].eq(1).all()
 

@@ -1,5 +1,6 @@
-"""Catches a balance loss with the wrong normalisation, one that counts padding, one with a gradient through
-the counts, and one that reaches the training loss twice, not at all, or without its scaling.
+"""Catches a balance or z-loss with the wrong normalisation, one that counts padding, one with a gradient through
+the counts, and one that reaches the training loss twice, not at all, or without its scaling. Slices of the sequence
+on several ranks: tests/distributed/test_balance_ranks.py.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from lightning_npu_tp.kernels import select
-from lightning_npu_tp.moe.balance import batch_balance_loss, sequence_balance_loss
+from lightning_npu_tp.moe.balance import batch_balance_loss, router_z_loss, sequence_balance_loss
 from lightning_npu_tp.moe.block import MoEBlock
 
 LOSSES = {"sequence": sequence_balance_loss, "batch": batch_balance_loss}
@@ -70,6 +71,26 @@ def test_a_batch_of_padding_only_has_loss_zero_and_a_finite_gradient(name):
     loss = LOSSES[name](scores, experts, torch.zeros(3, 5, dtype=torch.bool))
     loss.backward()
     assert loss.item() == 0.0 and not scores.grad.any()
+
+
+@pytest.mark.parametrize("mask", [None, [True, False, True, False]], ids=["all", "masked"])
+def test_the_z_loss_and_its_gradient_follow_the_definition(mask):
+    logits = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
+    rows = [row for row, counts in zip(logits, mask or [True] * 4, strict=True) if counts]
+    expected = sum(torch.log(torch.exp(row).sum()) ** 2 for row in rows) / len(rows)
+    actual = router_z_loss(logits, None if mask is None else torch.tensor(mask))
+    torch.testing.assert_close(actual, expected)
+    expected_grad, actual_grad = (torch.autograd.grad(loss, logits)[0] for loss in (expected, actual))
+    torch.testing.assert_close(actual_grad, expected_grad)
+
+
+def test_the_z_loss_survives_large_logits_and_the_absence_of_tokens():
+    assert router_z_loss(torch.full((1, 1), 1000.0)).item() == pytest.approx(1e6)
+    for logits, mask in ((torch.zeros(0, 6), None), (torch.randn(3, 6), torch.zeros(3, dtype=torch.bool))):
+        logits.requires_grad_()
+        loss = router_z_loss(logits, mask)
+        loss.backward()
+        assert loss.item() == 0.0 and not logits.grad.any()
 
 
 def block(**settings) -> MoEBlock:

@@ -1,0 +1,166 @@
+"""What a sharded model computes, in the shape of `ReferenceStep`: the other side of every parity test and of `prove`.
+
+`train_sharded` runs on every rank: it converts the reference model for a layout, trains a few AdamW steps
+on this data rank's share of the batches and gathers what one process would have. `compare` holds both
+against each other, number by number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from lightning_npu_tp import kernels
+from lightning_npu_tp.clipping import clip_grad_norm_, total_grad_norm
+from lightning_npu_tp.convert import Options, convert
+from lightning_npu_tp.data_parallel import reduce_gradients
+from lightning_npu_tp.layout import Groups, Layout, Meshes
+from lightning_npu_tp.plan import chunk_bounds
+from lightning_npu_tp.testing.models import IGNORED_LABEL, ReferenceStep, reference_model
+from lightning_npu_tp.testing.reference import relative_difference
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """A short training run, alike for one process and for any layout.
+
+    config:        transformers config of the model; `reference_model` builds it.
+    batches:       global micro-batches of each optimizer step, as `random_batch` makes them.
+    clip_norm:     None does not clip.
+    aux_loss:      whether the router's losses are added to the loss.
+    """
+
+    config: Any
+    batches: Sequence[Mapping[str, Tensor]]
+    steps: int = 3
+    learning_rate: float = 1e-2
+    weight_decay: float = 0.1
+    clip_norm: float | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Labels that count in one optimizer step."""
+        return sum(int((batch["labels"][:, 1:] != IGNORED_LABEL).sum()) for batch in self.batches)
+
+
+@dataclass
+class ShardedRun:
+    """One rank's view of a sharded run; everything is gathered, so that it compares with one process.
+
+    fields as in ReferenceStep; logits are those of this data rank's rows, `rows` says which (first, last)
+    of each micro-batch. tokens_per_expert: [layers, experts], summed over all ranks, of the first step.
+    """
+
+    rows: list[tuple[int, int]] = field(default_factory=list)
+    losses: list[Tensor] = field(default_factory=list)
+    logits: list[Tensor] = field(default_factory=list)
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+    grad_norm: Tensor | None = None
+    parameters: dict[str, Tensor] = field(default_factory=dict)
+    tokens_per_expert: Tensor | None = None
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A DTensor gathered, anything else as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def sharded_model(config: Any, layout: Layout, options: Options | None = None) -> tuple[Any, Meshes]:
+    """The float64 reference model converted for `layout` on the CPU; every rank of the default group calls it."""
+    # Other weights on the other ranks: rank 0's must reach them.
+    model = reference_model(config, seed=0 if dist.get_rank() == 0 else 99)
+    meshes = Meshes.build(layout, "cpu")
+    convert(
+        model,
+        meshes=meshes,
+        groups=Groups(meshes),
+        kernels=kernels.select("cpu"),
+        device=torch.device("cpu"),
+        dtype=None,
+        seed=0,
+        options=options,
+    )
+    return model, meshes
+
+
+def own_rows(batch: Mapping[str, Tensor], rank: int, ranks: int) -> tuple[tuple[int, int], dict[str, Tensor]]:
+    """A data rank's sequences of a global batch, unevenly where they do not divide; which ones, and the tensors."""
+    first, last = chunk_bounds(len(batch["input_ids"]), rank, ranks)
+    return (first, last), {name: value[first:last] for name, value in batch.items()}
+
+
+def train_sharded(
+    rank: int, world_size: int, training: Training, layout: Layout, options: Options | None = None
+) -> ShardedRun:
+    """Train on this rank's part of `layout`; see `Training` and `ShardedRun`."""
+    model, meshes = sharded_model(training.config, layout, options)
+    parameters = dict(model.named_parameters())
+    optimizer = torch.optim.AdamW(
+        parameters.values(), lr=training.learning_rate, weight_decay=training.weight_decay, foreach=False
+    )
+    run, blocks = ShardedRun(), moe_blocks(model)
+    for step in range(training.steps):
+        optimizer.zero_grad()
+        loss = torch.zeros((), dtype=torch.float64)
+        for number, batch in enumerate(training.batches):
+            rows, mine = own_rows(batch, rank // layout.tensor, layout.data)
+            reduce_gradients(model, number == len(training.batches) - 1)
+            # Gradients are averaged over the data ranks.
+            output = model(**mine, num_items_in_batch=training.tokens / layout.data, gather_logits=True)
+            output.loss.backward()
+            loss += output.loss.detach() / layout.data
+            if step == 0:
+                run.rows.append(rows)
+                run.logits.append(output.logits.detach())
+        if layout.data > 1:
+            dist.all_reduce(loss, group=meshes.data_group)
+        run.losses.append(loss)
+        if step == 0:
+            run.gradients = {name: whole(gradient(p)).clone() for name, p in parameters.items()}
+            run.grad_norm = total_grad_norm(list(parameters.values()))
+            if blocks:
+                run.tokens_per_expert = torch.stack([block.pending_tokens_per_expert for block in blocks])
+                dist.all_reduce(run.tokens_per_expert)
+        if training.clip_norm is not None:
+            clip_grad_norm_(list(parameters.values()), training.clip_norm)
+        optimizer.step()
+    run.parameters = {name: whole(p.detach()) for name, p in parameters.items()}
+    dist.barrier()
+    return run
+
+
+def moe_blocks(model: Any) -> list[Any]:
+    """The converted mixture-of-experts blocks inside `model`, in its order."""
+    return [module for module in model.modules() if hasattr(module, "pending_tokens_per_expert")]
+
+
+def gradient(parameter: Tensor) -> Tensor:
+    """The parameter's gradient; zero where no token reached it."""
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+
+
+def compare(run: ShardedRun, expected: ReferenceStep, training: Training) -> dict[str, float]:
+    """Relative difference of every number of a rank's run to one process's, by what it is.
+
+    Raises AssertionError for parameters that are missing or of another shape.
+    """
+    assert run.gradients.keys() == expected.gradients.keys()
+    assert run.grad_norm is not None
+    differences = {"clip norm": relative_difference(run.grad_norm, expected.grad_norm)}
+    for step, (actual, wanted) in enumerate(zip(run.losses, expected.losses, strict=True)):
+        differences[f"loss of step {step}"] = relative_difference(actual, wanted)
+    for index, (actual, wanted, batch) in enumerate(zip(run.logits, expected.logits, training.batches, strict=True)):
+        first, last = run.rows[index]
+        seen = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()[first:last]
+        differences[f"logits {index}"] = relative_difference(actual[seen], wanted[first:last][seen])
+    for name, wanted in expected.gradients.items():
+        differences[f"gradient of {name}"] = relative_difference(run.gradients[name], wanted)
+    for name, wanted in expected.parameters.items():
+        differences[f"{name} after {training.steps} steps"] = relative_difference(run.parameters[name], wanted)
+    return differences
