@@ -77,7 +77,7 @@ class Options:
 
 @dataclass
 class ConversionReport:
-    """What a conversion did, for the start-up summary and for tests.
+    """What a conversion did, for the start-up summary (`summary.py`) and for tests.
 
     model:             name of the converted submodule ("" for the root).
     family:            name of its family.
@@ -100,14 +100,6 @@ class ConversionReport:
     local_parameters: int = 0
     local_bytes: int = 0
     rules: dict[str, Rule] = field(default_factory=dict)
-
-    def summary(self) -> str:
-        """One line for the start of a run."""
-        sizes = self.layout
-        return (
-            f"{self.family} sharded over data {sizes.data} x tensor {sizes.tensor}, experts over {sizes.expert}: "
-            f"{self.parameters:,} parameters, {self.local_parameters:,} on each rank ({self.local_bytes / 1e9:.2f} GB)"
-        )
 
 
 def find_models(root: nn.Module, families: Sequence[ModelFamily]) -> Iterator[tuple[str, nn.Module, ModelFamily]]:
@@ -214,13 +206,11 @@ def _convert_one(
     report.swapped = _swap(
         swaps,
         family,
-        BuildContext(
-            region=region, kernels=kernels, config=own_config, dispatch=dispatch, recompute=options.recompute
-        ),
+        BuildContext(region=region, kernels=kernels, config=own_config, dispatch=dispatch, recompute=options.recompute),
     )
     for path, mixin in family.mixins.items():
         become(model.get_submodule(path), mixin)
-        model.get_submodule(path).region = region
+        model.get_submodule(path).region = region  # type: ignore[assignment]
     left = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     assert left == set(names), f"swapping changed parameter names: {sorted(left ^ set(names))}"
 

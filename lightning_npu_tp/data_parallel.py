@@ -31,12 +31,13 @@ DATA_PARALLEL: tuple[DataParallel, ...] = ("shard", "replicate")
 def parallelize_over_data(model: nn.Module, layers: str, meshes: Meshes, how: DataParallel) -> None:
     """Share a converted model's parameters and gradients over the data ranks, in place.
 
-    layers: path of the list of decoder layers, each of which is gathered by itself while it computes;
-            a model without such a list is gathered as a whole.
+    layers: path of the list of decoder layers, each of which is gathered by itself while it computes, as is
+            the rest of the decoder around it; a model without such a list is gathered as a whole.
     how:    "shard" keeps one slice of parameters, gradients and optimizer states per data rank;
             "replicate" keeps them whole and sums gradients.
     """
-    layout, alone = meshes.layout, set()
+    layout = meshes.layout
+    alone: set[nn.Parameter] = set()
     for experts in [module for module in model.modules() if isinstance(module, RoutedExperts)]:
         # What FSDP's averaging over the replicas leaves of an average over the data ranks. Not its own
         # divide factor, which it applies twice where there is nothing to scatter.
@@ -48,7 +49,20 @@ def parallelize_over_data(model: nn.Module, layers: str, meshes: Meshes, how: Da
     stacked = dict(model.named_modules()).get(layers)
     for layer in stacked.children() if isinstance(stacked, nn.ModuleList) else ():
         _wrap(layer, meshes.dense[DATA_AXIS], how, alone)
+    decoder = layers.rpartition(".")[0]
+    # By itself too, so that it can be called without its head; not if it shares a parameter with that.
+    if decoder and isinstance(stacked, nn.ModuleList) and not _shares_parameters(model, decoder):
+        _wrap(model.get_submodule(decoder), meshes.dense[DATA_AXIS], how, alone)
     _wrap(model, meshes.dense[DATA_AXIS], how, alone)
+
+
+def _shares_parameters(model: nn.Module, path: str) -> bool:
+    """Whether a parameter below `path` is one outside of it as well."""
+    inside: set[int] = set()
+    outside: set[int] = set()
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        (inside if name.startswith(f"{path}.") else outside).add(id(parameter))
+    return bool(inside & outside)
 
 
 def _wrap(module: Any, mesh: Any, how: DataParallel, ignored: set[nn.Parameter]) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -41,7 +40,8 @@ def reduce_over_data(tensor: Tensor, layout: Layout, group: dist.ProcessGroup, o
     if ranks > 1:
         dist.all_reduce(result, op=_OPERATIONS[name], group=group)
     if name in ("mean", "avg"):
-        result = result / ranks if torch.is_floating_point(result) else result // ranks
+        # A true mean of whole numbers too: Lightning weighs an epoch's values by a mean of batch sizes.
+        result = result / ranks
     return result
 
 

@@ -106,10 +106,10 @@ class Region:
         """What replicated modules of a region take as input: see `share`."""
         return hidden if self._length is None else entered
 
-    def weight(self, owner: nn.Module, name: str = "weight") -> Tensor | None:
+    def weight(self, owner: nn.Module, name: str = "weight") -> Any:
         """A replicated parameter of `owner`, local, for a module that sees a slice, or works inside with `share`.
 
-        Gradient: complete on every rank.
+        None where the owner has none. Gradient: complete on every rank.
         """
         parameter = getattr(owner, name)
         if parameter is None:

@@ -9,6 +9,7 @@ weights). What is kept is its contract: `device_mesh`, the sampler arguments, th
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
@@ -36,18 +37,22 @@ from lightning_npu_tp import kernels as kernel_choice
 from lightning_npu_tp import module_setup
 from lightning_npu_tp.checkpoint import training_state
 from lightning_npu_tp.collectives import group_size
-from lightning_npu_tp.convert import adopt, convert, materialize_rest
+from lightning_npu_tp.convert import Options, adopt, convert, materialize_rest
+from lightning_npu_tp.data_parallel import DataParallel, average_plain_gradients, reduce_gradients
 from lightning_npu_tp.device import NPU, backend_for, idle_npus
 from lightning_npu_tp.errors import CheckpointError, ConfigError, ConversionError
 from lightning_npu_tp.families.family import ModelFamily
 from lightning_npu_tp.families.registry import supported
 from lightning_npu_tp.hccl.env import HcclSettings, SettingsReport
 from lightning_npu_tp.launcher import ProcessLauncher, check_world
-from lightning_npu_tp.layout import Groups, Layout, Meshes, Size
+from lightning_npu_tp.layout import Dispatch, Groups, Layout, Meshes, Size, resolve_dispatch
 from lightning_npu_tp.loops import use_quiet_epoch_loop
 from lightning_npu_tp.precision import precision_dtype, rebuild_precision
 from lightning_npu_tp.process_group import close_process_group, open_process_group
+from lightning_npu_tp.recompute import Recompute
 from lightning_npu_tp.reduction import reduce_over_data
+from lightning_npu_tp.sampling import count_once
+from lightning_npu_tp.summary import summary_table
 
 UserConversion = Callable[[LightningModule, Meshes], None]
 
@@ -63,6 +68,11 @@ class NPUTensorParallelStrategy(ParallelStrategy):
         accelerator: optional; then leave `Trainer(accelerator=…)` at "auto".
         data_parallel_size, tensor_parallel_size, expert_parallel_size: "auto" or a number. auto: all
             devices tensor-parallel, experts as many as tensor ranks.
+        data_parallel: "shard" (FSDP2: each data rank keeps a slice of everything) or "replicate".
+        sequence_parallel: keep a slice of each sequence per tensor rank between regions; saves memory.
+        dispatch: how tokens reach their experts: "auto", "replicated" or "all_to_all".
+        recompute: what the backward pass computes again: "none", "moe" (hidden activations of the routed
+            experts) or "block" (all of a decoder layer).
         convert: `convert(lightning_module, meshes)`, instead of the built-in conversion, for a
             module of your own; it gives parameters their shards in place.
         families: ModelFamily records of your own, tried before the built-in ones.
@@ -86,6 +96,10 @@ class NPUTensorParallelStrategy(ParallelStrategy):
         data_parallel_size: Size = "auto",
         tensor_parallel_size: Size = "auto",
         expert_parallel_size: Size = "auto",
+        data_parallel: DataParallel = "shard",
+        sequence_parallel: bool = False,
+        dispatch: Dispatch = "auto",
+        recompute: Recompute = "none",
         convert: UserConversion | None = None,
         families: Sequence[ModelFamily] = (),
         kernels: Mapping[str, str] | None = None,
@@ -104,6 +118,9 @@ class NPUTensorParallelStrategy(ParallelStrategy):
         if not timeout_s > 0:
             raise ConfigError(f"timeout_s={timeout_s} is not a positive number of seconds. Set strategy.timeout_s.")
         self._sizes = {"data": data_parallel_size, "tensor": tensor_parallel_size, "expert": expert_parallel_size}
+        self._options = Options(
+            sequence_parallel=sequence_parallel, dispatch=dispatch, recompute=recompute, data_parallel=data_parallel
+        )
         self._convert = convert
         self._families = tuple(families)
         self._kernel_overrides = dict(kernels or {})
@@ -117,6 +134,7 @@ class NPUTensorParallelStrategy(ParallelStrategy):
         self._groups = Groups()
         self._adopted: list[Groups] = []
         self._layout: Layout | None = None
+        self._reduces_gradients = True
         self.num_nodes = 1
 
     # --- what the connector asks while the Trainer is built -----------------------------------
@@ -152,6 +170,8 @@ class NPUTensorParallelStrategy(ParallelStrategy):
         self.precision_plugin = self._precision_plugin
         check_world(self.cluster_environment, self.num_processes, self.num_nodes)
         self._resolve_layout()
+        # Lightning says it of its samplers; `process_dataloader` has mended what it warns of.
+        warnings.filterwarnings("ignore", "Using `DistributedSampler` with the dataloaders")
         if hint := idle_npus(self.root_device.type):
             rank_zero_warn(hint)
         # On the ranks that somebody else started as well: it is what ends them all when one fails.
@@ -165,16 +185,9 @@ class NPUTensorParallelStrategy(ParallelStrategy):
         rank_zero_only.rank = utils_rank_zero_only.rank = self.global_rank  # type: ignore[attr-defined]
 
     def _resolve_layout(self) -> Layout:
-        layout = Layout.resolve(world=self.num_nodes * self.num_processes, **self._sizes)
-        if layout.data > 1 or layout.expert != layout.tensor:
-            raise ConfigError(
-                f"data_parallel_size={layout.data}, tensor_parallel_size={layout.tensor}, expert_parallel_size="
-                f"{layout.expert}: this version runs layouts with one data rank and as many expert as tensor ranks. "
-                f"Set strategy.data_parallel_size=1, strategy.tensor_parallel_size={layout.world} and "
-                f"strategy.expert_parallel_size=auto."
-            )
-        self._layout = layout
-        return layout
+        self._layout = Layout.resolve(world=self.num_nodes * self.num_processes, **self._sizes)
+        resolve_dispatch(self._layout, self._options.dispatch)
+        return self._layout
 
     @property
     def layout(self) -> Layout:
@@ -185,6 +198,10 @@ class NPUTensorParallelStrategy(ParallelStrategy):
     def distributed_sampler_kwargs(self) -> dict[str, int]:
         """Ranks of one data rank see the same batches."""
         return {"num_replicas": self.layout.data, "rank": self.global_rank // self.layout.tensor}
+
+    def process_dataloader(self, dataloader: Any) -> Any:
+        """Let an evaluation see each sample once, in as many batches on every data rank."""
+        return count_once(dataloader)
 
     # --- process group -------------------------------------------------------------------------
 
@@ -210,7 +227,12 @@ class NPUTensorParallelStrategy(ParallelStrategy):
         assert module is not None
         # Users read it in `configure_model`.
         module._device_mesh = self.meshes.dense
-        if module_setup.averaging_callbacks(module.trainer):
+        if averaging := module_setup.averaging_callbacks(module.trainer):
+            if self.layout.data > 1:
+                raise ConfigError(
+                    f"{type(averaging[0]).__name__} copies the model, which FSDP forbids for a model that is shared "
+                    f"over {self.layout.data} data ranks. Leave the callback out, or set strategy.data_parallel_size=1."
+                )
             module_setup.configure_early(module.trainer, module)
             self._convert_models(module)
 
@@ -296,9 +318,10 @@ class NPUTensorParallelStrategy(ParallelStrategy):
                 device=self.root_device,
                 dtype=precision_dtype(self.precision_plugin),
                 seed=self.broadcast(seed),
+                options=self._options,
             )
-            for report in found:
-                rank_zero_info(report.summary())
+            if found:
+                rank_zero_info(summary_table(found, self._options, self.meshes, self.root_device.type))
         if not any(isinstance(parameter, DTensor) for parameter in module.parameters()):
             names = [*(family.name for family in self._families), *supported()]
             inside = sorted({type(child).__name__ for child in module.children()}) or ["nothing"]
@@ -335,6 +358,30 @@ class NPUTensorParallelStrategy(ParallelStrategy):
             self.checkpoint_io.teardown()
         finally:
             self._close()
+
+    # --- gradients over data ranks -------------------------------------------------------------
+
+    @contextmanager
+    def block_backward_sync(self) -> Generator[None, None, None]:
+        """Add to the gradients without reducing them, for all micro-batches but a step's last."""
+        self._reduces_gradients = False
+        reduce_gradients(self._module, False)
+        try:
+            yield
+        finally:
+            reduce_gradients(self._module, True)
+            self._reduces_gradients = True
+
+    def post_backward(self, closure_loss: Tensor) -> None:
+        """Average the gradients of layers that conversion left alone; FSDP has done the others."""
+        if self._reduces_gradients and self.layout.data > 1:
+            average_plain_gradients(module_setup.plain_parameters(self._module), self.meshes.data_group)
+
+    def token_groups(self) -> list[dist.ProcessGroup]:
+        """Groups of ranks that count different tokens in `tokens_per_expert`; sums over them are global."""
+        sliced = self._options.sequence_parallel and self.layout.tensor > 1
+        world = dist.group.WORLD
+        return [world] if sliced and world is not None else [self.meshes.data_group]
 
     # --- talking to the other ranks ------------------------------------------------------------
 

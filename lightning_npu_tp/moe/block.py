@@ -116,7 +116,10 @@ class MoEBlock(nn.Module):
         self.experts.down_proj = source.get_parameter("experts.down_proj")
         if self.gate.e_score_correction_bias is not None:
             bias_E = getattr(source.get_submodule("gate"), "e_score_correction_bias", None)
-            self.gate.e_score_correction_bias = torch.zeros(self.num_experts) if bias_E is None else bias_E
+            if bias_E is None or bias_E.is_meta:
+                # No random number, so it need not wait for memory.
+                bias_E = torch.zeros(self.num_experts, device="cpu")
+            self.gate.e_score_correction_bias = bias_E.to(torch.promote_types(bias_E.dtype, torch.float32))
 
     def forward(self, hidden_BSD: Tensor, token_mask: Tensor | None = None) -> Tensor:
         """hidden_BSD: [B, S or this rank's slice, D]. Returns the same shape and dtype.
@@ -198,7 +201,10 @@ class MoEBlock(nn.Module):
         losses = []
         if self.aux_loss_alpha > 0:
             balance_loss = sequence_balance_loss if self.seq_aux else batch_balance_loss
-            shares_BSE, experts_BSK = routing.shares_TE.unflatten(0, shape_BS), routing.experts_TK.unflatten(0, shape_BS)
+            shares_BSE, experts_BSK = (
+                routing.shares_TE.unflatten(0, shape_BS),
+                routing.experts_TK.unflatten(0, shape_BS),
+            )
             losses.append(self.aux_loss_alpha * balance_loss(shares_BSE, experts_BSK, mask_BS, reduce=reduce))
         if self.z_loss_coef > 0:
             mask_T = None if mask_BS is None else mask_BS.flatten()

@@ -21,8 +21,8 @@ from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Moe
 
 from lightning_npu_tp.errors import ConfigError
 from lightning_npu_tp.kernels import select
-from lightning_npu_tp.moe.block import MoEBlock
 from lightning_npu_tp.layout import Groups, Layout, Meshes
+from lightning_npu_tp.moe.block import MoEBlock
 from lightning_npu_tp.moe.dispatch import AllToAll, Replicated
 from lightning_npu_tp.region import Region
 from lightning_npu_tp.testing.operators import CountOperators
