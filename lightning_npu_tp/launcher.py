@@ -25,8 +25,10 @@ from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from typing_extensions import override
 
+from lightning_npu_tp.comm_errors import explain
 from lightning_npu_tp.errors import ConfigError
 from lightning_npu_tp.hydra_job import HydraJob, current_job, program
+from lightning_npu_tp.process_group import host_watch
 from lightning_npu_tp.processes import ChildProcess, parent_channel
 from lightning_npu_tp.signals import SignalWatch
 from lightning_npu_tp.supervisor import GRACE_SECONDS, Supervisor, end_now, say
@@ -57,7 +59,8 @@ class ProcessLauncher(_SubprocessScriptLauncher):
         """Run one trainer call on every rank; the first one of a script or job starts the other ranks.
 
         Returns what the function returned on this rank.
-        Raises RankFailure if the call failed here because of another rank of this machine.
+        Raises RankFailure if the call failed here because of another rank of this machine, CommunicationError
+        if a collective failed.
         """
         self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
         call = functools.partial(self._run, function, args, kwargs)
@@ -115,7 +118,13 @@ class ProcessLauncher(_SubprocessScriptLauncher):
     def _run(self, function: Callable, args: Any, kwargs: Any) -> Any:
         with self._watched():
             _set_num_threads_if_needed(num_processes=self.num_processes)
-            return function(*args, **kwargs)
+            try:
+                return function(*args, **kwargs)
+            except (RuntimeError, ConnectionError) as error:
+                # Here, because Lightning's teardown, which closes the groups, comes further out.
+                if (explained := explain(error, host_watch())) is not None:
+                    raise explained from error
+                raise
 
     @contextlib.contextmanager
     def _watched(self) -> Iterator[None]:

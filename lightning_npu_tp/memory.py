@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
+from lightning_npu_tp.data_parallel import DataParallel
 from lightning_npu_tp.layout import Layout
-from lightning_npu_tp.plan import Rule
+from lightning_npu_tp.plan import Rule, chunk_bounds
 
 
 @dataclass(frozen=True)
@@ -37,17 +38,26 @@ def rank_memory(
     rank: int = 0,
     bytes_per_element: int = 4,
     optimizer_states: int = 2,
+    data_parallel: DataParallel = "shard",
 ) -> RankMemory:
     """Memory of `rank` of `layout` for parameters of these global shapes.
 
     bytes_per_element: of parameters, gradients and optimizer states (4 for 32-true and the mixed
     precisions, 2 for bf16-true). optimizer_states: tensors per parameter, 2 for AdamW.
+    data_parallel: "shard" divides everything over the data ranks too, experts over their replicas.
     """
     elements = 0
     for name, shape in shapes.items():
         rule = rules[name]
         ranks = layout.expert if rule.axis == "expert" else layout.tensor
-        elements += prod(rule.local_shape(shape, rank % ranks, ranks))
+        own = rule.local_shape(shape, rank % ranks, ranks)
+        if data_parallel == "shard":
+            replicas = layout.world // ranks
+            # As `parallelize_over_data` does: experts by their width where there are fewer of them than replicas.
+            dim = 1 if rule.axis == "expert" and own[0] < replicas else 0
+            start, stop = chunk_bounds(own[dim], rank // ranks, replicas)
+            own = (*own[:dim], stop - start, *own[dim + 1 :])
+        elements += prod(own)
     size = elements * bytes_per_element
     return RankMemory(
         parameters=elements, parameter_bytes=size, gradient_bytes=size, optimizer_bytes=size * optimizer_states

@@ -53,7 +53,12 @@ class AgreedGradScaler(torch.amp.GradScaler):
 
 
 class ShardedClipping(stock.Precision):
-    """Clips DTensor and plain gradients together; derive a precision plugin of your own from it as well."""
+    """Clips DTensor and plain gradients together; derive a precision plugin of your own from it as well.
+
+    grad_norm: of all gradients together before the last clipping by norm, a scalar on the device; None before.
+    """
+
+    grad_norm: Tensor | None = None
 
     def clip_grad_by_value(self, optimizer: Optimizer, clip_val: float) -> None:
         """Clamp every gradient element of the optimizer to [-clip_val, clip_val]."""
@@ -61,7 +66,7 @@ class ShardedClipping(stock.Precision):
 
     def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: float) -> None:
         """Scale the optimizer's gradients so that their norm over all ranks is at most clip_val."""
-        clip_grad_norm_(self.main_params(optimizer), clip_val)
+        self.grad_norm = clip_grad_norm_(self.main_params(optimizer), clip_val)
 
 
 class Precision(ShardedClipping):

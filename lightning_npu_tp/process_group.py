@@ -3,7 +3,8 @@
 Lightning leaves the group of one fit to the next trainer, with whatever world size it had. Here each
 trainer call opens its own and destroys it. The key-value store behind it is kept per process and each
 group gets keys of its own in it, so that a rank that is already opening the next group never meets
-the remains of the last one, under torchrun's agent store as well.
+the remains of the last one, under torchrun's agent store as well. Once it is open the ranks tell each
+other on which hosts they are.
 """
 
 from __future__ import annotations
@@ -16,10 +17,13 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.environments import ClusterEnvironment
 
+from lightning_npu_tp.host_watch import HostWatch, meet_hosts
+
 _Key = tuple[str, str, int, int]
 _stores: dict[_Key, dist.Store] = {}
 # Groups made over each store. Not over all of them: ranks that a later job of a sweep starts begin at one.
 _generations: Counter[_Key] = Counter()
+_watch: HostWatch | None = None
 
 
 def open_process_group(
@@ -29,7 +33,9 @@ def open_process_group(
 
     backend: as torch.distributed names it, e.g. "gloo" or "cpu:gloo,npu:hccl".
     timeout: of each collective, and of meeting the other ranks.
+    Raises ConfigError on every rank if the ranks of a host are not consecutive.
     """
+    global _watch
     rank, world = environment.global_rank(), environment.world_size()
     store: dist.Store = dist.HashStore()
     if world > 1:
@@ -49,9 +55,20 @@ def open_process_group(
         timeout=timeout,
         device_id=None if device.type == "cpu" else device,
     )
+    if world > 1:
+        _watch = meet_hosts(environment, store)
+
+
+def host_watch() -> HostWatch | None:
+    """The hosts of the open process group; None for one rank, or while none is open."""
+    return _watch
 
 
 def close_process_group() -> None:
     """Destroy the default process group if there is one."""
+    global _watch
+    if _watch is not None:
+        _watch.close()
+        _watch = None
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()

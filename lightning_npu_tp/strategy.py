@@ -9,6 +9,7 @@ weights). What is kept is its contract: `device_mesh`, the sampler arguments, th
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -35,6 +36,7 @@ from torch.optim import Optimizer
 
 from lightning_npu_tp import kernels as kernel_choice
 from lightning_npu_tp import module_setup
+from lightning_npu_tp.agreement import require_agreement, require_equal_batches, run_settings
 from lightning_npu_tp.checkpoint import training_state
 from lightning_npu_tp.collectives import group_size
 from lightning_npu_tp.convert import Options, adopt, convert, materialize_rest
@@ -44,11 +46,12 @@ from lightning_npu_tp.errors import CheckpointError, ConfigError, ConversionErro
 from lightning_npu_tp.families.family import ModelFamily
 from lightning_npu_tp.families.registry import supported
 from lightning_npu_tp.hccl.env import HcclSettings, SettingsReport
+from lightning_npu_tp.hosts import crossings
 from lightning_npu_tp.launcher import ProcessLauncher, check_world
 from lightning_npu_tp.layout import Dispatch, Groups, Layout, Meshes, Size, resolve_dispatch
 from lightning_npu_tp.loops import use_quiet_epoch_loop
 from lightning_npu_tp.precision import precision_dtype, rebuild_precision
-from lightning_npu_tp.process_group import close_process_group, open_process_group
+from lightning_npu_tp.process_group import close_process_group, host_watch, open_process_group
 from lightning_npu_tp.recompute import Recompute
 from lightning_npu_tp.reduction import reduce_over_data
 from lightning_npu_tp.sampling import count_once
@@ -190,6 +193,11 @@ class NPUTensorParallelStrategy(ParallelStrategy):
         return self._layout
 
     @property
+    def options(self) -> Options:
+        """How the layout is used."""
+        return self._options
+
+    @property
     def layout(self) -> Layout:
         """Sizes of this run's axes."""
         return self._layout or self._resolve_layout()
@@ -245,6 +253,9 @@ class NPUTensorParallelStrategy(ParallelStrategy):
         backend = self._backend or backend_for(self.root_device.type)
         assert self.cluster_environment is not None
         open_process_group(self.cluster_environment, backend=backend, timeout=self._timeout, device=self.root_device)
+        module = self.lightning_module
+        if module is not None and module._trainer is not None:
+            require_agreement(run_settings(module.trainer, module, self))
         meshes = Meshes.build(self.layout, self.root_device.type)
         for groups in (self._groups, *self._adopted):
             groups.bind(meshes)
@@ -321,7 +332,8 @@ class NPUTensorParallelStrategy(ParallelStrategy):
                 options=self._options,
             )
             if found:
-                rank_zero_info(summary_table(found, self._options, self.meshes, self.root_device.type))
+                hosts = self._crossings()
+                rank_zero_info(summary_table(found, self._options, self.meshes, self.root_device.type, hosts))
         if not any(isinstance(parameter, DTensor) for parameter in module.parameters()):
             names = [*(family.name for family in self._families), *supported()]
             inside = sorted({type(child).__name__ for child in module.children()}) or ["nothing"]
@@ -331,6 +343,10 @@ class NPUTensorParallelStrategy(ParallelStrategy):
                 f"function in convert=, to NPUTensorParallelStrategy."
             )
         materialize_rest(module, device=self.root_device, seed=seed)
+
+    def _crossings(self) -> list[str]:
+        watch = host_watch()
+        return [] if watch is None else crossings(watch.hosts, self.layout)
 
     def model_to_device(self) -> None:
         """Move what is not on the device yet."""
@@ -359,6 +375,12 @@ class NPUTensorParallelStrategy(ParallelStrategy):
         finally:
             self._close()
 
+    def on_train_start(self) -> None:
+        """Refuse data ranks with different numbers of batches."""
+        trainer = self._module.trainer
+        needed = trainer.max_steps * trainer.accumulate_grad_batches if trainer.max_steps >= 0 else math.inf
+        require_equal_batches(trainer.num_training_batches, layout=self.layout, batches_needed=needed)
+
     # --- gradients over data ranks -------------------------------------------------------------
 
     @contextmanager
@@ -378,10 +400,8 @@ class NPUTensorParallelStrategy(ParallelStrategy):
             average_plain_gradients(module_setup.plain_parameters(self._module), self.meshes.data_group)
 
     def token_groups(self) -> list[dist.ProcessGroup]:
-        """Groups of ranks that count different tokens in `tokens_per_expert`; sums over them are global."""
-        sliced = self._options.sequence_parallel and self.layout.tensor > 1
-        world = dist.group.WORLD
-        return [world] if sliced and world is not None else [self.meshes.data_group]
+        """Groups of ranks whose sum of a mixture layer's `tokens_per_expert` is the global count."""
+        return [] if dist.group.WORLD is None else [dist.group.WORLD]
 
     # --- talking to the other ranks ------------------------------------------------------------
 

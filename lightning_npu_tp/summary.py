@@ -12,8 +12,13 @@ from lightning_npu_tp.convert import ConversionReport, Options
 from lightning_npu_tp.layout import Meshes
 
 
-def summary_table(reports: Sequence[ConversionReport], options: Options, meshes: Meshes, device_type: str) -> str:
-    """A table as text, of what was converted and for which layout; every rank's numbers are its own."""
+def summary_table(
+    reports: Sequence[ConversionReport], options: Options, meshes: Meshes, device_type: str, notes: Sequence[str] = ()
+) -> str:
+    """A table as text, of what was converted and for which layout; every rank's numbers are its own.
+
+    notes: further lines, such as which groups cross hosts.
+    """
     layout = meshes.layout
     table = Table(title="sharded model", title_justify="left", show_header=False)
     table.add_column(style="bold")
@@ -39,6 +44,8 @@ def summary_table(reports: Sequence[ConversionReport], options: Options, meshes:
             table.add_row("dispatch", _DISPATCH[report.dispatch])
     for group, ranks in communicators(meshes).items():
         table.add_row(f"{group} group", f"ranks {', '.join(map(str, ranks))}")
+    for note in notes:
+        table.add_row("hosts", note)
     buffer = io.StringIO()
     Console(file=buffer, width=110, color_system=None).print(table)
     return buffer.getvalue().rstrip()

@@ -26,6 +26,7 @@ import torch.distributed as dist
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_npu_tp.errors import RankFailure
+from lightning_npu_tp.hosts import CommunicationError
 from lightning_npu_tp.processes import ChildProcess, end_processes, kill_descendants
 from lightning_npu_tp.signals import TERMINATED
 
@@ -49,7 +50,7 @@ FINISH_SECONDS = 60.0
 # How gloo, NCCL, HCCL and the key-value store say that the other side is gone.
 _LOST_PEER = re.compile(
     r"gloo|Connection (closed|reset|refused|was likely closed)|Broken pipe|Socket (closed|Timeout)|"
-    r"DistNetworkError|DistStoreError|DistBackendError|NCCL|HCCL|failed to recv",
+    r"DistNetworkError|DistStoreError|DistBackendError|CommunicationError|NCCL|HCCL|failed to recv",
     re.IGNORECASE,
 )
 
@@ -80,7 +81,7 @@ class Failure:
 
 def looks_like_lost_peer(error: BaseException) -> bool:
     """Whether this exception may only say that another rank is gone."""
-    if isinstance(error, dist.DistError | ConnectionError):
+    if isinstance(error, dist.DistError | ConnectionError | CommunicationError):
         return True
     return isinstance(error, RuntimeError) and _LOST_PEER.search(str(error)) is not None
 

@@ -39,7 +39,7 @@ def run_job(task: Callable[[Config], Any], config: Config) -> Any:
     """
     job = current_job()
     # Ranks that somebody else has started, by torchrun for instance, are one job already.
-    if job is not None and job.in_sweep and "LOCAL_RANK" not in os.environ:
+    if job is not None and job.in_sweep and not {"LOCAL_RANK", "SUBMITIT_EXECUTOR"} & os.environ.keys():
         return _run_in_fresh_process(job)
     channel = parent_channel()
     value = task(config)

@@ -41,7 +41,8 @@ class LitCausalLM(LightningModule):
     no_weight_decay: patterns of parameter names without weight decay.
     build_device:    "meta" for a strategy that fills the parameters; "cpu" for one that does not.
 
-    Logs train/loss (true token mean of the optimizer step), val/loss and val/perplexity, test/…
+    Logs train/loss (true token mean of the optimizer step), train/grad_norm (before clipping), val/loss and
+    val/perplexity, test/…
     Raises ConfigError for an architecture or config value that is not supported.
     """
 
@@ -99,6 +100,15 @@ class LitCausalLM(LightningModule):
         self._token_mean.rescale(self.parameters())
         self.log("train/loss", self._token_mean.loss())
         self._token_mean.reset()
+
+    def configure_gradient_clipping(
+        self, optimizer: Optimizer, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
+    ) -> None:
+        """Clip as the trainer says, and log the norm that was found on the way."""
+        self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        norm = getattr(self.trainer.precision_plugin, "grad_norm", None)
+        if norm is not None:
+            self.log("train/grad_norm", norm)
 
     def on_train_epoch_start(self) -> None:
         """A window never crosses epochs, nor two fits of which the first was stopped in the middle."""

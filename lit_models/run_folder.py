@@ -51,7 +51,9 @@ def run_stamp() -> str:
 
 def is_follower() -> bool:
     """Whether this process is a rank that shares rank 0's run folder instead of making one."""
-    return os.environ.get("LOCAL_RANK", "0") != "0" or os.environ.get("RANK", "0") != "0"
+    # The first host's first rank has none of them, or 0; srun sets only the last.
+    names = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
+    return any(os.environ.get(name, "0") != "0" for name in names)
 
 
 def refuse_existing(folder: Path) -> None:

@@ -85,7 +85,8 @@ class ExpertLoadMonitor(Callback):
         """Count the batch; at the end of an interval log, draw and begin anew."""
         assert self._load is not None
         layers = list(self._layers.values())
-        picks = batch[self.key].numel() * layers[0].gate.top_k
+        tokens = batch if isinstance(batch, Tensor) else batch[self.key]
+        picks = tokens.numel() * layers[0].gate.top_k
         self._load.update(torch.stack([layer.tokens_per_expert for layer in layers]), picks)
         step = trainer.global_step
         # A batch that only accumulates finishes no step.

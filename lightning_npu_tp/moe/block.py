@@ -48,11 +48,11 @@ class MoEBlock(nn.Module):
         that it takes part in every scaling: of accumulation, of mixed precision.
     token_mask: [B, S], true for the tokens that the losses count; set by the owner before a
         forward, or passed to it. None counts all.
-    tokens_per_expert: int64 [E], the picks of the last forward by expert, all tokens counted that this
-        rank routed; on the device, read it when a sync does not hurt.
-    pending_tokens_per_expert: int64 [E], the same summed over training forwards until somebody zeroes it.
-        Each token is counted on one rank of the world, so a sum over all ranks is the global count; what
-        a backward pass recomputes is not counted again.
+    tokens_per_expert: int64 [E], the picks of the last forward by expert; on the device, read it when a
+        sync does not hurt. Each token is counted on one rank (tensor ranks that route the same tokens
+        count a share each), so that a sum over all ranks of the world is the global count.
+    pending_tokens_per_expert: int64 [E], the same summed over training forwards until somebody zeroes it;
+        what a backward pass recomputes is not counted again.
 
     region:         frames the work on split parameters; None for a block that is not split.
     dispatcher:     None is `Replicated` over one process. `Replicated` needs a group of the tensor ranks.
@@ -212,22 +212,16 @@ class MoEBlock(nn.Module):
         self.aux_loss = sum(losses[1:], losses[0])
 
     def _count(self, experts_TK: Tensor) -> None:
-        self.tokens_per_expert = self._picks(experts_TK)
-        if not self.training:
-            return
-        own = self.tokens_per_expert
         group = self.region.groups.tensor()
         if not self.region.is_sliced and group is not None:
-            # The tensor ranks routed the same tokens; each counts its share.
             first, last = chunk_bounds(len(experts_TK), group_rank(group), group_size(group))
-            own = self._picks(experts_TK[first:last])
-        pending = self.pending_tokens_per_expert
-        self.pending_tokens_per_expert = own.clone() if pending is None else pending.add_(own)
-
-    def _picks(self, experts_TK: Tensor) -> Tensor:
+            experts_TK = experts_TK[first:last]
         picks_N = experts_TK.reshape(-1)
         counts_E = torch.zeros(self.num_experts, dtype=torch.int64, device=picks_N.device)
-        return counts_E.scatter_add_(0, picks_N, torch.ones_like(picks_N))
+        self.tokens_per_expert = counts_E.scatter_add_(0, picks_N, torch.ones_like(picks_N))
+        if self.training:
+            pending = self.pending_tokens_per_expert
+            self.pending_tokens_per_expert = counts_E.clone() if pending is None else pending.add_(counts_E)
 
     def __getstate__(self) -> dict[str, Any]:
         # What one forward left behind belongs to its step: a copy (weight averaging, checkpoints of whole

@@ -33,7 +33,8 @@ class Training:
     config:        transformers config of the model; `reference_model` builds it.
     batches:       global micro-batches of each optimizer step, as `random_batch` makes them.
     clip_norm:     None does not clip.
-    aux_loss:      whether the router's losses are added to the loss.
+    router_losses: add the balance losses, each micro-batch's by its share of the tokens. Not part of what
+                   transformers computes: compare with one process of ours.
     """
 
     config: Any
@@ -42,6 +43,7 @@ class Training:
     learning_rate: float = 1e-2
     weight_decay: float = 0.1
     clip_norm: float | None = None
+    router_losses: bool = False
 
     @property
     def tokens(self) -> int:
@@ -113,8 +115,12 @@ def train_sharded(
             reduce_gradients(model, number == len(training.batches) - 1)
             # Gradients are averaged over the data ranks.
             output = model(**mine, num_items_in_batch=training.tokens / layout.data, gather_logits=True)
-            output.loss.backward()
-            loss += output.loss.detach() / layout.data
+            total = output.loss
+            if training.router_losses and output.aux_loss is not None:
+                tokens = (mine["labels"][:, 1:] != IGNORED_LABEL).sum()
+                total = total + output.aux_loss * tokens / (training.tokens / layout.data)
+            total.backward()
+            loss += total.detach() / layout.data
             if step == 0:
                 run.rows.append(rows)
                 run.logits.append(output.logits.detach())
@@ -145,13 +151,15 @@ def gradient(parameter: Tensor) -> Tensor:
     return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
 
-def compare(run: ShardedRun, expected: ReferenceStep, training: Training) -> dict[str, float]:
+def compare(run: ShardedRun, expected: ReferenceStep | ShardedRun, training: Training) -> dict[str, float]:
     """Relative difference of every number of a rank's run to one process's, by what it is.
+
+    expected: transformers' answer, or that of a world of one.
 
     Raises AssertionError for parameters that are missing or of another shape.
     """
     assert run.gradients.keys() == expected.gradients.keys()
-    assert run.grad_norm is not None
+    assert run.grad_norm is not None and expected.grad_norm is not None
     differences = {"clip norm": relative_difference(run.grad_norm, expected.grad_norm)}
     for step, (actual, wanted) in enumerate(zip(run.losses, expected.losses, strict=True)):
         differences[f"loss of step {step}"] = relative_difference(actual, wanted)

@@ -12,13 +12,16 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import DeepseekV2ForCausalLM
 
 from lightning_npu_tp import NPUTensorParallelStrategy
-from lightning_npu_tp.errors import ConfigError
+from lightning_npu_tp.callbacks import ExpertLoadMonitor, LossFreeBalance, NonFiniteGuard
+from lightning_npu_tp.callbacks.nonfinite import NonFiniteError
+from lightning_npu_tp.errors import ConfigError, DataError
+from lightning_npu_tp.region import local
 from lightning_npu_tp.testing.models import tiny_deepseek_v2_config
 from lightning_npu_tp.testing.reference import relative_difference
 from lightning_npu_tp.testing.sharded import whole
@@ -29,10 +32,10 @@ ROWS, LENGTH = 8, 12
 class Module(LightningModule):
     """A model and a plain layer of the user's own; nothing in it knows of ranks."""
 
-    def __init__(self) -> None:
+    def __init__(self, **config: Any) -> None:
         super().__init__()
         with torch.device("meta"):
-            self.network = DeepseekV2ForCausalLM(tiny_deepseek_v2_config(num_hidden_layers=2))
+            self.network = DeepseekV2ForCausalLM(tiny_deepseek_v2_config(num_hidden_layers=2, **config))
         torch.manual_seed(3)
         self.head = nn.Linear(64, 1)
         self.losses: list[float] = []
@@ -226,3 +229,118 @@ def averaging(rank: int, world_size: int) -> str:
 def test_weight_averaging_over_data_ranks_is_refused(on_ranks: Any) -> None:
     for message in on_ranks(averaging, 2, backend=None):
         assert "StochasticWeightAveraging" in message and "data_parallel_size=1" in message
+
+
+def balanced(rank: int, world_size: int, settings: dict[str, Any], folder: str) -> dict[str, Any]:
+    from lightning.pytorch.loggers import CSVLogger
+
+    module, layout = Module(selection_bias=True), strategy(**settings)
+    data = settings.get("data_parallel_size", 1)
+    run = trainer(
+        devices=world_size,
+        strategy=layout,
+        accumulate_grad_batches=2,
+        use_distributed_sampler=False,
+        logger=CSVLogger(folder, name="", version="run"),
+        log_every_n_steps=1,
+        callbacks=[LossFreeBalance(rate=0.5), ExpertLoadMonitor(every_n_steps=1)],
+    )
+    run.fit(module, ordered(rank // (world_size // data), data, 4 // data))
+    gate = module.network.model.layers[1].mlp.gate
+    saved = any(name.endswith("e_score_correction_bias") for name in module.state_dict())
+    return {"bias": gate.e_score_correction_bias.clone(), "saved": saved}
+
+
+def test_the_bias_that_balances_does_not_depend_on_the_layout(on_ranks: Any, tmp_path: Path) -> None:
+    (wanted,) = on_ranks(balanced, 1, {}, str(tmp_path / "one"), backend=None)
+    assert wanted["bias"].abs().max() > 0.4 and wanted["saved"]
+    settings = {"data_parallel_size": 2, "expert_parallel_size": 4, "sequence_parallel": True, "recompute": "block"}
+    for name, world, layout in (("four", 4, settings), ("tensor", 2, {}), ("slices", 2, {"sequence_parallel": True})):
+        for result in on_ranks(balanced, world, layout, str(tmp_path / name), backend=None, timeout=90):
+            assert torch.equal(result["bias"], wanted["bias"]), name
+        loads = {
+            folder: [row for row in (tmp_path / folder / "run" / "metrics.csv").read_text().splitlines()]
+            for folder in ("one", name)
+        }
+        columns = {folder: lines[0].split(",") for folder, lines in loads.items()}
+        for quantity in ("expert_load/dropped", "expert_load/max_over_mean", "expert_load/entropy"):
+            found, expected = (
+                [float(value) for line in loads[f][1:] if (value := line.split(",")[columns[f].index(quantity)])]
+                for f in (name, "one")
+            )
+            assert found == pytest.approx(expected) and len(found) == 2, (name, quantity)
+            assert quantity != "expert_load/dropped" or found == [0.0, 0.0]
+
+
+class BadGradient(Module):
+    """Rank 1 has a gradient that is not a number, in the second of three steps."""
+
+    def on_after_backward(self) -> None:
+        if self.trainer.global_step == 1 and self.trainer.global_rank == 1:
+            for name, parameter in self.named_parameters():
+                if name.endswith("layers.1.mlp.experts.down_proj"):
+                    parameter.grad.to_local().view(-1)[0] = float("nan")
+
+
+def guarded(rank: int, world_size: int, settings: dict[str, Any], action: Any) -> dict[str, Any]:
+    module, layout = BadGradient(), strategy(**settings)
+    kept: list[dict[str, torch.Tensor]] = []
+
+    class Keep(Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            kept.append({name: local(p.detach()).clone() for name, p in module.named_parameters()})
+
+    run = trainer(
+        devices=world_size,
+        strategy=layout,
+        max_steps=3,
+        max_epochs=None,
+        use_distributed_sampler=False,
+        callbacks=[NonFiniteGuard(action=action), Keep()],
+    )
+    message = ""
+    try:
+        run.fit(module, DataLoader(rows(12), batch_size=4))
+    except NonFiniteError as error:
+        message = str(error)
+    same = [all(torch.equal(a[n], b[n]) for n in a) for a, b in zip(kept, kept[1:], strict=False)]
+    return {"message": message, "same": same}
+
+
+@pytest.mark.parametrize("action", ["skip", "stop"])
+def test_one_ranks_bad_gradient_refuses_the_step_on_all(on_ranks: Any, action: str) -> None:
+    settings = {"data_parallel_size": 2, "expert_parallel_size": 2}
+    for result in on_ranks(guarded, 2, settings, action, backend=None):
+        if action == "skip":
+            assert result["same"] == [True, False], "the second step changed nothing, the third did"
+        else:
+            assert "experts.down_proj" in result["message"] and "rank 1" in result["message"], result["message"]
+
+
+def disagreeing(rank: int, world_size: int, settings: dict[str, Any]) -> str:
+    run = trainer(devices=world_size, strategy=strategy(**settings), gradient_clip_val=0.5 + rank)
+    try:
+        run.fit(Module(), batches(2))
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def test_a_rank_with_another_setting_is_told_before_training(on_ranks: Any) -> None:
+    for message in on_ranks(disagreeing, 2, {"data_parallel_size": 2}, backend=None):
+        assert "gradient_clip_val" in message and "1.5 on rank 1" in message and "0.5 on rank 0" in message
+
+
+def uneven(rank: int, world_size: int) -> str:
+    layout = strategy(data_parallel_size=2)
+    run = trainer(devices=world_size, strategy=layout, use_distributed_sampler=False)
+    try:
+        run.fit(Module(), batches(2, rows(4 + 2 * rank)))
+    except DataError as error:
+        return str(error)
+    return ""
+
+
+def test_data_ranks_with_other_numbers_of_batches_are_refused(on_ranks: Any) -> None:
+    for message in on_ranks(uneven, 2, backend=None):
+        assert "rank 1" in message and "3" in message and "2" in message

@@ -13,7 +13,7 @@ import torch
 from transformers import DeepseekV2ForCausalLM
 
 from lightning_npu_tp import kernels
-from lightning_npu_tp.convert import convert
+from lightning_npu_tp.convert import Options, convert
 from lightning_npu_tp.layout import Groups, Layout, Meshes
 from lightning_npu_tp.testing.models import random_batch, tiny_deepseek_v2_config, tiny_deepseek_v2_grouped_config
 from lightning_npu_tp.testing.operators import CountOperators
@@ -61,6 +61,46 @@ def test_a_training_step_has_no_host_sync_and_no_dynamic_shape(
 ) -> None:
     for rank, found in enumerate(on_ranks(count, world_size, device_type, grouped)):
         assert not found, f"rank {rank}: {found}"
+
+
+def count_per_direction(
+    rank: int, world_size: int, device_type: str, layout: Layout, options: Options
+) -> tuple[list[str], list[str]]:
+    """What a step of an all-to-all layout asks the host, forward and backward."""
+    config = tiny_deepseek_v2_config(aux_loss_alpha=0.001)
+    model = DeepseekV2ForCausalLM(config).to(torch.bfloat16)
+    meshes = Meshes.build(layout, "cpu")
+    convert(
+        model,
+        meshes=meshes,
+        groups=Groups(meshes),
+        kernels=kernels.select(device_type),
+        device=torch.device("cpu"),
+        dtype=None,
+        seed=0,
+        options=options,
+    )
+    model.train()
+    batch = random_batch(config, 2, 12, seed=rank)
+    with CountOperators() as forward:
+        output = model(**batch)
+    with CountOperators() as backward:
+        (output.loss + output.aux_loss).backward()
+    return [str(s) for s in forward.found()], [str(s) for s in backward.found()]
+
+
+@pytest.mark.parametrize("device_type", ["cuda", "npu"])
+@pytest.mark.parametrize("sliced", [False, True], ids=["whole", "slices"])
+@pytest.mark.parametrize("recompute", ["none", "moe", "block"])
+def test_all_to_all_asks_the_host_once_per_layer_and_never_backward(
+    on_ranks: Any, recompute: Any, sliced: bool, device_type: str
+) -> None:
+    options = Options(recompute=recompute, sequence_parallel=sliced)
+    for layout in (Layout(2, 1, 2), *([Layout(2, 2, 4)] if recompute == "block" else [])):
+        for forward, backward in on_ranks(count_per_direction, layout.world, device_type, layout, options):
+            assert len(forward) == 2, f"one for each of the two mixture layers: {forward}"
+            assert all("_exchange_counts" in sighting for sighting in forward), forward
+            assert not backward, backward
 
 
 def test_the_counter_sees_what_transformers_does() -> None:

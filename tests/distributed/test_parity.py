@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from transformers import DeepseekV2Config
 
-from lightning_npu_tp.convert import Options
+from lightning_npu_tp.convert import Options, conversion_of
 from lightning_npu_tp.layout import Layout
+from lightning_npu_tp.memory import rank_memory
 from lightning_npu_tp.testing.models import (
     ReferenceStep,
     random_batch,
@@ -24,7 +25,8 @@ from lightning_npu_tp.testing.models import (
     tiny_deepseek_v2_config,
     tiny_deepseek_v2_grouped_config,
 )
-from lightning_npu_tp.testing.sharded import Training, compare, train_sharded
+from lightning_npu_tp.testing.reference import relative_difference
+from lightning_npu_tp.testing.sharded import Training, compare, sharded_model, train_sharded
 
 # Double rounding over a few thousand additions per element; a real mistake is 1e-3 and more.
 TOLERANCE = 1e-10
@@ -157,3 +159,65 @@ def test_one_token_per_rank_and_ranks_without_rows(on_ranks: Any) -> None:
     for options in (Options(), Options(sequence_parallel=True), Options(dispatch="all_to_all")):
         _check(on_ranks, _training(case), Layout(1, 4, 4), options, "three tokens on four tensor ranks")
     _check(on_ranks, _training(case), Layout(2, 2, 4), Options(sequence_parallel=True), "three tokens, two ranks")
+
+
+ROUTER_LOSSES = {"aux_loss_alpha": 0.05, "router_z_loss_coef": 0.01, "selection_bias": True}
+ROUTER_LAYOUTS = {
+    "replicated": ((1, 2, 2), Options()),
+    "slices": ((1, 2, 2), Options(sequence_parallel=True)),
+    "slices sent": ((1, 2, 2), Options(sequence_parallel=True, dispatch="all_to_all")),
+    "data ranks": ((2, 1, 2), Options(recompute="moe")),
+    "all, recomputed": ((2, 2, 4), Options(sequence_parallel=True, recompute="block")),
+}
+
+
+@pytest.mark.parametrize("seq_aux", [True, False])
+@pytest.mark.parametrize("name", ROUTER_LAYOUTS)
+def test_router_losses_and_counts_do_not_depend_on_the_layout(on_ranks: Any, name: str, seq_aux: bool) -> None:
+    """The batch-wise loss is one over what a rank sees at once, so it is compared where ranks see the same."""
+    sizes, options = ROUTER_LAYOUTS[name]
+    layout = Layout(*sizes)
+    if layout.data > 1 and not seq_aux:
+        layout = Layout(1, layout.world, layout.world)
+    config = tiny_deepseek_v2_config(**ROUTER_LOSSES, seq_aux=seq_aux)
+    batches = [random_batch(config, 4, 17, seed=0, padding=layout.data == 1), random_batch(config, 4, 9, seed=1)]
+    training = Training(config=config, batches=batches, clip_norm=CLIP_NORM, router_losses=True)
+    (expected,) = on_ranks(train_sharded, 1, training, Layout(1, 1, 1))
+    without = Training(config=config, batches=batches, clip_norm=CLIP_NORM)
+    (plain,) = on_ranks(train_sharded, 1, without, Layout(1, 1, 1))
+    router = "model.layers.2.mlp.gate.weight"
+    assert relative_difference(plain.gradients[router], expected.gradients[router]) > 1e-3, "the losses must matter"
+    for rank, run in enumerate(on_ranks(train_sharded, layout.world, training, layout, options, timeout=120)):
+        assert torch.equal(run.tokens_per_expert, expected.tokens_per_expert)
+        differences = compare(run, expected, training)
+        worst = max(differences, key=differences.__getitem__)
+        assert differences[worst] <= TOLERANCE, f"rank {rank}, {worst}: {differences[worst]:.3e}"
+    picks = sum(batch["input_ids"].numel() for batch in batches) * config.num_experts_per_tok
+    assert expected.tokens_per_expert.sum(1).tolist() == [picks] * 2
+
+
+@pytest.mark.parametrize("sizes", [(1, 2, 2), (2, 1, 2), (2, 2, 4)])
+def test_the_same_run_twice_is_bit_identical(on_ranks: Any, sizes: tuple[int, int, int]) -> None:
+    layout, options = Layout(*sizes), Options(sequence_parallel=True, recompute="block")
+    first, second = (
+        on_ranks(train_sharded, layout.world, _training(LAYOUT_CASES["v2_lite"]), layout, options)[0] for _ in range(2)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(first.losses, second.losses, strict=True))
+    assert all(torch.equal(value, second.parameters[name]) for name, value in first.parameters.items())
+
+
+def held(rank: int, world_size: int, layout: Layout, how: Any) -> tuple[int, int]:
+    model, _ = sharded_model(tiny_deepseek_v2_config(), layout, Options(data_parallel=how))
+    report = conversion_of(model)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    memory = rank_memory(shapes, report.rules, layout, rank=rank, bytes_per_element=8, data_parallel=how)
+    assert report.local_bytes == sum(8 * p.to_local().numel() for p in model.parameters())
+    return report.local_parameters, memory.parameters
+
+
+@pytest.mark.parametrize("how", ["shard", "replicate"])
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (2, 2, 4), (4, 1, 1)])
+def test_arithmetic_of_what_a_rank_holds_is_what_it_holds(on_ranks: Any, sizes: Any, how: str) -> None:
+    layout = Layout(*sizes)
+    results = on_ranks(held, layout.world, layout, how)
+    assert all(has == counted for has, counted in results), results

@@ -25,6 +25,7 @@ def prefixes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, str]]:
     monkeypatch.setattr(dist, "rendezvous", lambda *_, **__: iter([(next(numbers), 0, 2)]))
     monkeypatch.setattr(dist, "PrefixStore", lambda prefix, store: opened.append((store, prefix)))
     monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr(process_group, "meet_hosts", lambda *_: None)
     return opened
 
 
