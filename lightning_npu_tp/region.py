@@ -123,6 +123,15 @@ class Region:
         """
         return copy_to_group(local(getattr(owner, name)), group=self.groups.tensor())
 
+    def total_inside(self, partial: Tensor, *, of: Any = ()) -> Tensor:
+        """Sum the ranks' partial numbers inside of a region, for each rank's own use.
+
+        Gradient: the ranks' partial gradients, summed.
+        of: modules that need the sum.
+        """
+        group = self.groups.tensor()
+        return copy_to_group(reduce_from_group(partial, group), group=group)
+
     def slice(self, whole: Tensor) -> Tensor:
         """This rank's slice of [B, S, …] that every rank holds whole; unchanged in a forward that is not sliced."""
         return whole if self._length is None else slice_sequence(whole, self.groups.tensor())

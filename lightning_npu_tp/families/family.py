@@ -60,6 +60,8 @@ class ModelFamily:
     expected:    config -> {class name: how many are swapped}; None asks for at least one of each.
     check:       config -> None; raises ConversionError for a variant that is not supported.
     layers:      path of the list of decoder layers; data parallelism gathers one at a time.
+    models:      what is published of it, for the README's table.
+    refused:     what `check` and the sizes refuse, for the same.
     """
 
     name: str
@@ -71,6 +73,8 @@ class ModelFamily:
     expected: Callable[[Any], Mapping[str, int]] | None = None
     check: Callable[[Any], None] = lambda config: None
     layers: str = "model.layers"
+    models: str = ""
+    refused: str = ""
 
     def matches(self, module: nn.Module) -> bool:
         """Whether this family converts `module`; compares names, so that nothing is imported."""

@@ -1,4 +1,4 @@
-"""The supported model families: an explicit tuple, and errors that list it."""
+"""The supported model families: an explicit tuple, errors that list it, and the README's table of it."""
 
 from __future__ import annotations
 
@@ -6,9 +6,27 @@ from collections.abc import Sequence
 
 from lightning_npu_tp.errors import ConversionError
 from lightning_npu_tp.families.deepseek_v2 import DEEPSEEK_V2
+from lightning_npu_tp.families.deepseek_v3 import DEEPSEEK_V3
 from lightning_npu_tp.families.family import ModelFamily
+from lightning_npu_tp.families.llama import LLAMA
+from lightning_npu_tp.families.mixtral import MIXTRAL
+from lightning_npu_tp.families.olmoe import OLMOE
+from lightning_npu_tp.families.qwen2 import QWEN2
+from lightning_npu_tp.families.qwen2_moe import QWEN2_MOE
+from lightning_npu_tp.families.qwen3 import QWEN3
+from lightning_npu_tp.families.qwen3_moe import QWEN3_MOE
 
-FAMILIES: tuple[ModelFamily, ...] = (DEEPSEEK_V2,)
+FAMILIES: tuple[ModelFamily, ...] = (
+    DEEPSEEK_V2,
+    DEEPSEEK_V3,
+    QWEN2_MOE,
+    QWEN3_MOE,
+    MIXTRAL,
+    OLMOE,
+    LLAMA,
+    QWEN2,
+    QWEN3,
+)
 
 
 def supported() -> list[str]:
@@ -29,3 +47,10 @@ def family_named(name: str, extra: Sequence[ModelFamily] = ()) -> ModelFamily:
         f"The model type {name!r} is not supported. Supported: {', '.join(family.name for family in known)}. "
         f"Another model needs its own ModelFamily (see examples/own_model.py)."
     )
+
+
+def readme_table() -> str:
+    """The supported families as a Markdown table; `python -m lightning_npu_tp.families` prints it."""
+    rows = [("`model.architecture`", "transformers class", "models", "refused"), ("---",) * 4]
+    rows += [(f"`{f.name}`", f"`{f.model_class}`", f.models, f.refused) for f in FAMILIES]
+    return "\n".join(f"| {' | '.join(cells)} |".replace("  |", " |") for cells in rows)

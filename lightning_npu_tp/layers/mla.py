@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lightning_npu_tp.layers.attention import attend
 from lightning_npu_tp.layers.linear import RMSNorm, ShardedLinear
-from lightning_npu_tp.layers.rotary import rotate_interleaved
+from lightning_npu_tp.layers.rotary import rotate_halves, rotate_interleaved
 from lightning_npu_tp.region import Region
 
 
@@ -36,6 +36,8 @@ class MLAttention(nn.Module):
         self.value_dim = source.v_head_dim
         self.scaling = source.scaling
         self.dropout = config.attention_dropout
+        # DeepSeek-V3's config may say that the pairs lie as in Llama; V2 has no such setting.
+        self.rotate = rotate_interleaved if getattr(config, "rope_interleave", True) else rotate_halves
         self.region = region
         if self.q_lora_rank is None:
             self.q_proj = ShardedLinear(source.q_proj)
@@ -76,11 +78,11 @@ class MLAttention(nn.Module):
         queries, alike = self._queries(hidden_states)
         q_BSHE = queries.unflatten(-1, (-1, self.nope_dim + self.rope_dim))
         q_nope, q_rope = q_BSHE.split([self.nope_dim, self.rope_dim], dim=-1)
-        q_BSHE = torch.cat((q_nope, rotate_interleaved(q_rope, cos, sin)), dim=-1)
+        q_BSHE = torch.cat((q_nope, self.rotate(q_rope, cos, sin)), dim=-1)
 
         latent, k_rope = self.kv_a_proj_with_mqa(alike).split([self.kv_lora_rank, self.rope_dim], dim=-1)
         latent = self.kv_a_layernorm(latent)
-        k_rope = rotate_interleaved(k_rope[:, :, None], cos, sin)
+        k_rope = self.rotate(k_rope[:, :, None], cos, sin)
         if past_key_values is not None:
             latent, k_rope = past_key_values.update(latent[:, None], k_rope.transpose(1, 2), self.layer_idx)
             latent, k_rope = latent[:, 0], k_rope.transpose(1, 2)

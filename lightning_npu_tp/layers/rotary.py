@@ -1,4 +1,6 @@
-"""Rotary position embedding on interleaved pairs, with cosines and sines instead of complex numbers.
+"""Rotary position embedding with cosines and sines instead of complex numbers.
+
+Two layouts of the pairs that are rotated: neighbours (DeepSeek) or element i of both halves (Llama and kin).
 
 Ascend has no complex kernels, and a complex buffer costs a copy everywhere else. The frequencies
 (default, linear, YaRN, llama3 scaling) come from transformers' own functions, so that both agree to the last bit.
@@ -18,6 +20,16 @@ from lightning_npu_tp.errors import ConversionError
 _LENGTH_DEPENDENT = ("dynamic", "longrope")
 
 
+def check_rope_type(config: Any) -> None:
+    """Raise ConversionError for frequencies that are not the same in every step."""
+    rope_type = config.rope_parameters["rope_type"]
+    if rope_type in _LENGTH_DEPENDENT:
+        raise ConversionError(
+            f"rope_type={rope_type!r} changes its frequencies with the sequence length, which needs a host sync "
+            f"per step. Use one of {sorted(set(ROPE_INIT_FUNCTIONS) - set(_LENGTH_DEPENDENT) | {'default'})}."
+        )
+
+
 class RotaryTables(nn.Module):
     """Cosines and sines for the positions of one batch, shared by all layers.
 
@@ -28,12 +40,7 @@ class RotaryTables(nn.Module):
 
     def __init__(self, source: Any) -> None:
         super().__init__()
-        rope_type = source.config.rope_parameters["rope_type"]
-        if rope_type in _LENGTH_DEPENDENT:
-            raise ConversionError(
-                f"rope_type={rope_type!r} changes its frequencies with the sequence length, which needs a host sync "
-                f"per step. Use one of {sorted(set(ROPE_INIT_FUNCTIONS) - set(_LENGTH_DEPENDENT) | {'default'})}."
-            )
+        check_rope_type(source.config)
         self.frequencies, self.scaling = _frequencies(source)
         self._on_device: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
@@ -77,3 +84,13 @@ def rotate_interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     even, odd = x.to(cos.dtype).unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = cos[..., None, :], sin[..., None, :]
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)
+
+
+def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pairs (x0, x[R/2]), (x1, x[R/2 + 1]), … of the last dimension.
+
+    x: [B, S, H, R]. cos, sin: [B, S, R/2]. Returns [B, S, H, R] in x's dtype, rotated in cos's.
+    """
+    first, second = x.to(cos.dtype).chunk(2, dim=-1)
+    cos, sin = cos[..., None, :], sin[..., None, :]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)

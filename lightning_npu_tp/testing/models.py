@@ -1,9 +1,9 @@
-"""Tiny but true DeepSeek-V2 models, random batches, and one process's float64 answer for them.
+"""Tiny but true models of every family, random batches, and one process's float64 answer for them.
 
-The two configurations have every part of the real models: latent attention with rope and nope
-parts, a first dense layer, shared and routed experts, YaRN; the grouped one adds the query latent
-and group-limited routing. `reference_step` is what each layout is compared with. Needs transformers;
-nothing here is sharded.
+The configurations have every part of the real models. DeepSeek-V2's: latent attention with rope and nope
+parts, a first dense layer, shared and routed experts, YaRN; the grouped one adds the query latent and
+group-limited routing. `reference_step` is what each layout is compared with. Needs transformers; nothing
+here is sharded.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DeepseekV2Config, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, DeepseekV2Config, PretrainedConfig, PreTrainedModel
 
 from lightning_npu_tp.testing.reference import float64_reference
 
@@ -72,6 +72,71 @@ _GROUPED: dict[str, Any] = {
     "routed_scaling_factor": 16.0,
 }
 
+_FRAME: dict[str, Any] = {
+    "vocab_size": 128,
+    "hidden_size": 48,
+    "intermediate_size": 56,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 1280,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": None,
+    "use_cache": False,
+    "initializer_range": 0.1,
+}
+
+# Unlike hidden_size / heads, where a family allows it.
+_WIDE_HEADS: dict[str, Any] = {"head_dim": 10}
+
+_EXPERTS: dict[str, Any] = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+
+_OTHERS: dict[str, dict[str, Any]] = {
+    "llama": {**_FRAME, **_WIDE_HEADS},
+    "qwen2": _FRAME,
+    "qwen3": {**_FRAME, **_WIDE_HEADS},
+    "mixtral": {**_FRAME, **_WIDE_HEADS, "num_local_experts": 8, "intermediate_size": 16},
+    "olmoe": {**_FRAME, "num_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 16},
+    # Of three layers the second and third have experts, of two only the second.
+    "qwen2_moe": {
+        **_FRAME,
+        **_EXPERTS,
+        "num_hidden_layers": 3,
+        "mlp_only_layers": [0],
+        "shared_expert_intermediate_size": 24,
+    },
+    "qwen3_moe": {**_FRAME, **_EXPERTS, **_WIDE_HEADS, "decoder_sparse_step": 2, "norm_topk_prob": True},
+    "deepseek_v3": {
+        **_TINY,
+        "num_hidden_layers": 2,
+        # As many as heads.
+        "num_key_value_heads": None,
+        "q_lora_rank": 24,
+        "n_routed_experts": 16,
+        "num_experts_per_tok": 4,
+        "n_shared_experts": 1,
+        "n_group": 4,
+        "topk_group": 2,
+        "routed_scaling_factor": 2.5,
+        "norm_topk_prob": True,
+    },
+}
+del _OTHERS["deepseek_v3"]["topk_method"]
+
+
+def tiny_config(family: str, **overrides: Any) -> Any:
+    """A transformers config of a supported family, by its name, in small; `overrides` go to the config.
+
+    Raises KeyError for a family without one.
+    """
+    if family == "deepseek_v2":
+        return tiny_deepseek_v2_config(**overrides)
+    values = deepcopy(_OTHERS[family])
+    if family == "deepseek_v3":
+        values["rope_parameters"] = dict(_YARN)
+    return AutoConfig.for_model(family, **{**values, **overrides})
+
 
 def tiny_deepseek_v2_config(**overrides: Any) -> DeepseekV2Config:
     """DeepSeek-V2-Lite in small: 3 layers (1 dense), 8 heads, 8 experts of which 2, greedy routing, YaRN."""
@@ -109,8 +174,8 @@ def reference_model(config: PretrainedConfig, seed: int = 0, *, attention: str =
     """The causal language model that transformers itself computes, in float64, with random weights.
 
     attention: "eager" or "sdpa". The experts run eagerly, the only implementation that takes float64.
-    Norm weights are random around 1, so that a forgotten or swapped norm shows. Run it inside
-    `float64_reference()`.
+    Norm weights are random around 1 and biases around 0, so that a forgotten or swapped one shows; those of
+    a router's choice are the same for every seed. Run it inside `float64_reference()`.
     """
     config = deepcopy(config)
     config._attn_implementation = attention
@@ -121,6 +186,11 @@ def reference_model(config: PretrainedConfig, seed: int = 0, *, attention: str =
         for name, parameter in model.named_parameters():
             if name.endswith("norm.weight"):
                 torch.nn.init.normal_(parameter, mean=1.0, std=0.2)
+            elif name.endswith(".bias"):
+                torch.nn.init.normal_(parameter, std=0.1)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(torch.linspace(-0.2, 0.2, len(buffer)))
     return model
 
 

@@ -53,6 +53,8 @@ _PYTHON_HOST_SYNCS = {
     Tensor.__array__: "Tensor.__array__",
     Tensor.cpu: "Tensor.cpu",
 }
+# Those written in C: seen where Python calls them, in a backward pass as well, which no function mode reaches.
+_UNDISPATCHED = ("tolist", "numpy", "cpu")
 # Frames in here, `float64_reference` included, only pass a call on.
 _NOT_CALLERS = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
 
@@ -84,6 +86,8 @@ class CountOperators(TorchDispatchMode):
 
     def __enter__(self) -> CountOperators:
         self._python_calls.__enter__()
+        self._before = sys.getprofile()
+        sys.setprofile(self._profile)
         super().__enter__()
         return self
 
@@ -91,6 +95,7 @@ class CountOperators(TorchDispatchMode):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         super().__exit__(kind, error, trace)
+        sys.setprofile(self._before)
         self._python_calls.__exit__(kind, error, trace)
 
     def __torch_dispatch__(
@@ -103,6 +108,12 @@ class CountOperators(TorchDispatchMode):
         if kind is not None:
             self.record(kind, name)
         return func(*args, **kwargs)
+
+    def _profile(self, frame: FrameType, event: str, function: Any) -> None:
+        if event == "c_call" and getattr(function, "__name__", "") in _UNDISPATCHED:
+            tensor = getattr(function, "__self__", None)
+            if isinstance(tensor, Tensor) and not self._python_calls.is_passing_on:
+                self.record(HOST_SYNC, f"Tensor.{function.__name__}")
 
     def record(self, kind: Literal["host sync", "dynamic shape"], operator: str) -> None:
         """Keep a sighting of `operator`, called by the innermost Python line outside torch and this kit."""
@@ -117,6 +128,7 @@ class _PythonCalls(TorchFunctionMode):
     def __init__(self, counter: CountOperators) -> None:
         super().__init__()
         self.counter = counter
+        self.is_passing_on = False
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -126,9 +138,14 @@ class _PythonCalls(TorchFunctionMode):
         # A device that is another tensor's, `x.to(y.device)`, is no request for the host.
         if func is Tensor.to and "cpu" in (*(arg for arg in args[1:] if isinstance(arg, str)), kwargs.get("device")):
             name = "Tensor.to('cpu')"
-        if name is not None:
+        # The methods written in C have been seen before they came here.
+        if name is not None and name.removeprefix("Tensor.") not in _UNDISPATCHED:
             self.counter.record(HOST_SYNC, name)
-        return func(*args, **kwargs)
+        self.is_passing_on = name is not None
+        try:
+            return func(*args, **kwargs)
+        finally:
+            self.is_passing_on = False
 
 
 def _kind(

@@ -14,6 +14,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader
 from transformers import DeepseekV2ForCausalLM
 
@@ -52,7 +53,17 @@ class Module(LightningModule):
         self.seen.append(len(batch))
         self.log("val_loss", loss, sync_dist=True, on_epoch=True, batch_size=len(batch))
 
+    def on_after_backward(self) -> None:
+        layout = self.trainer.strategy.layout
+        if layout.data > 1 and layout.expert == 1 and self.trainer.fit_loop._should_accumulate():
+            sharded = [p for p in self.network.parameters() if p.grad is not None]
+            assert not sharded, "a micro-batch that is not the last reduced its gradients"
+
     def predict_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        if isinstance(self.network, FSDPModule):
+            (group,) = self.network._get_fsdp_state()._fsdp_param_groups
+            now = self.trainer.strategy.meshes.data_group
+            assert group.mesh_info.shard_process_group is now, "a process group of the trainer call before"
         return self.network(input_ids=batch).logits.argmax(-1)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import DeepseekV2Config
 
 from lightning_npu_tp.convert import Options, conversion_of
+from lightning_npu_tp.data_parallel import reduce_gradients
 from lightning_npu_tp.layout import Layout
 from lightning_npu_tp.memory import rank_memory
 from lightning_npu_tp.testing.models import (
@@ -25,6 +26,7 @@ from lightning_npu_tp.testing.models import (
     tiny_deepseek_v2_config,
     tiny_deepseek_v2_grouped_config,
 )
+from lightning_npu_tp.testing.operators import CountOperators
 from lightning_npu_tp.testing.reference import relative_difference
 from lightning_npu_tp.testing.sharded import Training, compare, sharded_model, train_sharded
 
@@ -153,6 +155,34 @@ def test_every_way_to_use_a_layout_equals_one_process(on_ranks: Any, name: str) 
     _check(on_ranks, _training(LAYOUT_CASES["everything"]), Layout(*sizes), options, name)
 
 
+@pytest.mark.parametrize("sizes", [(4, 1, 1), (2, 1, 1), (2, 2, 2)])
+def test_fewer_experts_than_replicas_and_tied_embeddings_over_data_ranks(on_ranks: Any, sizes: Any) -> None:
+    few = {"n_routed_experts": 2, "num_experts_per_tok": 1, "tie_word_embeddings": True}
+    layout = Layout(*sizes)
+    _check(on_ranks, _training({"overrides": few, "shape": (5, 9)}), layout, Options(), f"two experts on {sizes}")
+
+
+def reductions(rank: int, world_size: int) -> list[dict[str, int]]:
+    """Collectives that reduce gradients over data ranks, in each of three micro-batches."""
+    config = tiny_deepseek_v2_config()
+    model, _ = sharded_model(config, Layout(2, 1, 1))
+    counted = []
+    for last in (False, False, True):
+        reduce_gradients(model, last)
+        loss = model(**random_batch(config, 2, 9, seed=0)).loss
+        with CountOperators() as counter:
+            loss.backward()
+        counted.append(
+            {name: n for name, n in counter.counts.items() if name.startswith("c10d::") and "reduce" in name}
+        )
+    return counted
+
+
+def test_only_the_last_micro_batch_reduces_gradients(on_ranks: Any) -> None:
+    for first, second, last in on_ranks(reductions, 2):
+        assert not first and not second and last, (first, second, last)
+
+
 def test_one_token_per_rank_and_ranks_without_rows(on_ranks: Any) -> None:
     """More expert ranks than picks: some receive nothing, and sequences shorter than the tensor ranks stay whole."""
     case = {"overrides": {"n_routed_experts": 32, "num_experts_per_tok": 1}, "shape": (2, 3)}
@@ -207,7 +237,9 @@ def test_the_same_run_twice_is_bit_identical(on_ranks: Any, sizes: tuple[int, in
 
 
 def held(rank: int, world_size: int, layout: Layout, how: Any) -> tuple[int, int]:
-    model, _ = sharded_model(tiny_deepseek_v2_config(), layout, Options(data_parallel=how))
+    # Fewer experts than replicas in the last layout.
+    config = tiny_deepseek_v2_config(**({"n_routed_experts": 2} if layout.expert_replicas > 2 else {}))
+    model, _ = sharded_model(config, layout, Options(data_parallel=how))
     report = conversion_of(model)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     memory = rank_memory(shapes, report.rules, layout, rank=rank, bytes_per_element=8, data_parallel=how)
@@ -221,3 +253,4 @@ def test_arithmetic_of_what_a_rank_holds_is_what_it_holds(on_ranks: Any, sizes: 
     layout = Layout(*sizes)
     results = on_ranks(held, layout.world, layout, how)
     assert all(has == counted for has, counted in results), results
+    assert how == "replicate" or max(results)[0] < 1.1 * min(results)[0], f"the ranks hold alike much: {results}"

@@ -299,8 +299,8 @@ def refusals(rank: int, world_size: int) -> None:
         trainer().fit(Nothing(), DataLoader(torch.randn(4, 2)))
     with pytest.raises(ConfigError, match=r"tensor_parallel_size=3 does not divide the 2 devices.*\[1, 2\]"):
         trainer(NPUTensorParallelStrategy(tensor_parallel_size=3))
-    with pytest.raises(ConfigError, match="one data rank"):
-        trainer(NPUTensorParallelStrategy(data_parallel_size=2))
+    with pytest.raises(ConfigError, match="data_parallel_size=3"):
+        trainer(NPUTensorParallelStrategy(data_parallel_size=3))
     with pytest.raises(ConfigError, match="timeout_s=0"):
         NPUTensorParallelStrategy(timeout_s=0)
     odd = Module()

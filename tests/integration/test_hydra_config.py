@@ -164,7 +164,7 @@ def test_one_callback_where_a_group_is_wanted_is_an_error() -> None:
 def test_null_means_not_wanted(tmp_path) -> None:
     config = config_of(tmp_path, "callbacks.loss_curve=null")
     kinds = [type(callback).__name__ for callback in build_each(config, "callbacks")]
-    assert kinds == ["TokensPerSecond", "TrainingProgressBar", "ModelCheckpoint"]
+    assert kinds == ["TokensPerSecond", "TrainingProgressBar", "NonFiniteGuard", "ModelCheckpoint"]
     assert build(OmegaConf.create({"warmup": None}), "warmup") is None
     assert build_each(OmegaConf.create({"callbacks": None}), "callbacks") == []
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, DeepseekV2ForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, DeepseekV2ForCausalLM, GPT2Config
 
 from lightning_npu_tp import kernels
 from lightning_npu_tp.convert import check_sizes, conversion_of, convert, materialize_rest
@@ -154,7 +154,7 @@ def test_the_lookup_error_lists_the_families() -> None:
 
 
 def test_other_models_inside_a_module_are_left_alone(alone) -> None:
-    tiny = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    tiny = GPT2Config(vocab_size=8, n_embd=8, n_layer=1, n_head=1, bos_token_id=0, eos_token_id=0)
     root = nn.ModuleDict({"other": AutoModelForCausalLM.from_config(tiny), "ours": _model()})
     reports = convert(root, **alone)
     assert [report.model for report in reports] == ["ours"]

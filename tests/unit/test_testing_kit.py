@@ -243,3 +243,20 @@ def test_the_counter_finds_what_transformers_eager_experts_do():
         model(**batch).loss.backward()
     assert any("deepseek_v2" in sighting.where for sighting in counter.found())
     assert counter.counts["aten::mm"] > 0
+
+
+def test_what_a_backward_pass_asks_the_host_is_seen_too() -> None:
+    class Asks(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * 2
+
+        @staticmethod
+        def backward(ctx, grad):
+            grad.tolist(), grad.sum().item()
+            return grad
+
+    output = Asks.apply(torch.ones(2, requires_grad=True)).sum()
+    with CountOperators() as counter:
+        output.backward()
+    assert sorted(sighting.operator for sighting in counter.found()) == ["Tensor.tolist", "aten::_local_scalar_dense"]
