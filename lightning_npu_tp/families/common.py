@@ -17,6 +17,7 @@ from lightning_npu_tp.errors import ConversionError
 from lightning_npu_tp.families.family import BuildContext, Constructor
 from lightning_npu_tp.layers.causal_lm import ShardedCausalLM, ShardedDecoder
 from lightning_npu_tp.layers.linear import RMSNorm, ShardedMLP
+from lightning_npu_tp.layers.mla import MLAttention
 from lightning_npu_tp.layers.rotary import RotaryTables, check_rope_type
 from lightning_npu_tp.layers.vocab import VocabEmbedding, VocabHead
 from lightning_npu_tp.moe.block import MoEBlock
@@ -111,6 +112,14 @@ def attention_units(config: Any) -> dict[str, int]:
     return {"key head": config.num_key_value_heads, "head": config.num_attention_heads}
 
 
+def latent_units(config: Any) -> dict[str, int]:
+    """Heads, and routed experts where there are any, of DeepSeek's families."""
+    numbers = {"head": config.num_attention_heads}
+    if num_dense_layers(config) < config.num_hidden_layers:
+        numbers["expert"] = config.n_routed_experts
+    return numbers
+
+
 def num_dense_layers(config: Any) -> int:
     """Layers before the first one with routed experts, of DeepSeek's families."""
     return min(config.first_k_dense_replace, config.num_hidden_layers)
@@ -144,6 +153,11 @@ def frame_swaps(prefix: str, attention: Constructor) -> dict[str, Constructor]:
         f"{prefix}Attention": attention,
         f"{prefix}RMSNorm": lambda source, context: RMSNorm(source.weight, source.variance_epsilon, context.region),
     }
+
+
+def latent_attention(source: Any, context: BuildContext) -> nn.Module:
+    """Multi-head latent attention."""
+    return MLAttention(source, context.region)
 
 
 def dense_mlp(source: Any, context: BuildContext) -> nn.Module:

@@ -15,7 +15,6 @@ from lightning_npu_tp.errors import ConversionError
 from lightning_npu_tp.families import common
 from lightning_npu_tp.families.family import BuildContext, ModelFamily
 from lightning_npu_tp.layers.linear import ShardedMLP
-from lightning_npu_tp.layers.mla import MLAttention
 from lightning_npu_tp.plan import Plan
 
 _TOPK_METHODS = ("greedy", "group_limited_greedy")
@@ -30,14 +29,6 @@ def plan(config: Any) -> Plan:
     if num_dense < config.num_hidden_layers:
         rules |= common.expert_rules() | common.mlp_rules("*.mlp.shared_experts", bias=config.mlp_bias)
     return rules
-
-
-def units(config: Any) -> Mapping[str, int]:
-    """What a layout must not cut."""
-    numbers = {"head": config.num_attention_heads}
-    if common.num_dense_layers(config) < config.num_hidden_layers:
-        numbers["expert"] = config.n_routed_experts
-    return numbers
 
 
 def expected(config: Any) -> Mapping[str, int]:
@@ -55,10 +46,6 @@ def check(config: Any) -> None:
         )
     common.check_positions("deepseek_v2", config)
     common.check_one_key_per_head(config)
-
-
-def _attention(source: Any, context: BuildContext) -> nn.Module:
-    return MLAttention(source, context.region)
 
 
 def _moe(source: Any, context: BuildContext) -> nn.Module:
@@ -79,11 +66,12 @@ DEEPSEEK_V2 = ModelFamily(
     name="deepseek_v2",
     model_class="DeepseekV2ForCausalLM",
     plan=plan,
-    units=units,
+    units=common.latent_units,
     expected=expected,
     check=check,
     mixins=common.MIXINS,
-    swaps=common.frame_swaps("DeepseekV2", _attention) | {"DeepseekV2MLP": common.dense_mlp, "DeepseekV2Moe": _moe},
+    swaps=common.frame_swaps("DeepseekV2", common.latent_attention)
+    | {"DeepseekV2MLP": common.dense_mlp, "DeepseekV2Moe": _moe},
     models="DeepSeek-V2, -V2.5, -V2-Lite, -Coder-V2",
     refused="other `topk_method`s than greedy and group_limited_greedy",
 )

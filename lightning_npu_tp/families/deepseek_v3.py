@@ -16,7 +16,6 @@ from torch import nn
 from lightning_npu_tp.families import common
 from lightning_npu_tp.families.family import BuildContext, ModelFamily
 from lightning_npu_tp.layers.linear import ShardedMLP
-from lightning_npu_tp.layers.mla import MLAttention
 from lightning_npu_tp.plan import Plan
 
 
@@ -31,14 +30,6 @@ def plan(config: Any) -> Plan:
     return rules
 
 
-def units(config: Any) -> Mapping[str, int]:
-    """What a layout must not cut."""
-    numbers = {"head": config.num_attention_heads}
-    if common.num_dense_layers(config) < config.num_hidden_layers:
-        numbers["expert"] = config.n_routed_experts
-    return numbers
-
-
 def expected(config: Any) -> Mapping[str, int]:
     """How many modules of each class conversion replaces."""
     dense = common.num_dense_layers(config)
@@ -50,10 +41,6 @@ def check(config: Any) -> None:
     """Raise ConversionError for a variant whose numbers we would not reproduce."""
     common.check_positions("deepseek_v3", config)
     common.check_one_key_per_head(config)
-
-
-def _attention(source: Any, context: BuildContext) -> nn.Module:
-    return MLAttention(source, context.region)
 
 
 def _moe(source: Any, context: BuildContext) -> nn.Module:
@@ -76,10 +63,11 @@ DEEPSEEK_V3 = ModelFamily(
     name="deepseek_v3",
     model_class="DeepseekV3ForCausalLM",
     plan=plan,
-    units=units,
+    units=common.latent_units,
     expected=expected,
     check=check,
     mixins=common.MIXINS,
-    swaps=common.frame_swaps("DeepseekV3", _attention) | {"DeepseekV3MLP": common.dense_mlp, "DeepseekV3MoE": _moe},
+    swaps=common.frame_swaps("DeepseekV3", common.latent_attention)
+    | {"DeepseekV3MLP": common.dense_mlp, "DeepseekV3MoE": _moe},
     models="DeepSeek-V3, -R1",
 )

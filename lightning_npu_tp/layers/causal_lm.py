@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
+from lightning_npu_tp.errors import ConfigError
 from lightning_npu_tp.layers.vocab import IGNORED_LABEL
 from lightning_npu_tp.layout import Groups
 from lightning_npu_tp.region import Region
@@ -177,7 +178,14 @@ class ShardedCausalLM(nn.Module):
             # slice(-0, None) is everything, which is what 0 means to transformers.
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head.logits(hidden[:, keep])
-        aux_losses = [block.aux_loss for block in moe_blocks(self.model) if block.aux_loss is not None]
+        blocks = [block for block in moe_blocks(self.model) if block.aux_loss is not None]
+        aux_losses = [block.aux_loss for block in blocks]
+        if torch.is_grad_enabled() and any(b.gate.weight.requires_grad > b.aux_loss.requires_grad for b in blocks):
+            raise ConfigError(
+                "The router's balance losses have no gradient: the layers ran under reentrant activation "
+                "checkpointing, which loses it. Set strategy.recompute=block instead of transformers' own switch, or "
+                "pass use_reentrant=False to that."
+            )
         return MoeCausalLMOutputWithPast(
             loss=loss,
             aux_loss=sum(aux_losses[1:], aux_losses[0]) if aux_losses else None,

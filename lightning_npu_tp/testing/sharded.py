@@ -22,7 +22,7 @@ from lightning_npu_tp.convert import Options, convert
 from lightning_npu_tp.data_parallel import reduce_gradients
 from lightning_npu_tp.layout import Groups, Layout, Meshes
 from lightning_npu_tp.plan import chunk_bounds
-from lightning_npu_tp.testing.models import IGNORED_LABEL, ReferenceStep, reference_model
+from lightning_npu_tp.testing.models import IGNORED_LABEL, ReferenceStep, reference_model, reference_step
 from lightning_npu_tp.testing.reference import relative_difference
 
 
@@ -95,6 +95,18 @@ def own_rows(batch: Mapping[str, Tensor], rank: int, ranks: int) -> tuple[tuple[
     """A data rank's sequences of a global batch, unevenly where they do not divide; which ones, and the tensors."""
     first, last = chunk_bounds(len(batch["input_ids"]), rank, ranks)
     return (first, last), {name: value[first:last] for name, value in batch.items()}
+
+
+def train_alone(training: Training) -> ReferenceStep:
+    """The same training by transformers itself, in this process and in float64."""
+    return reference_step(
+        reference_model(training.config),
+        training.batches,
+        steps=training.steps,
+        learning_rate=training.learning_rate,
+        weight_decay=training.weight_decay,
+        clip_norm=training.clip_norm,
+    )
 
 
 def train_sharded(

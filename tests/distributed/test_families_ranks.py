@@ -14,8 +14,8 @@ import pytest
 
 from lightning_npu_tp.convert import Options
 from lightning_npu_tp.layout import Layout
-from lightning_npu_tp.testing.models import ReferenceStep, random_batch, reference_model, reference_step, tiny_config
-from lightning_npu_tp.testing.sharded import Training, compare, train_sharded
+from lightning_npu_tp.testing.models import ReferenceStep, random_batch, tiny_config
+from lightning_npu_tp.testing.sharded import Training, compare, train_alone, train_sharded
 
 # Double rounding over a few thousand additions per element; a real mistake is 1e-3 and more.
 TOLERANCE = 1e-10
@@ -74,14 +74,7 @@ def _training(name: str) -> Training:
 @cache
 def _expected(name: str) -> ReferenceStep:
     training = _training(name)
-    expected = reference_step(
-        reference_model(training.config),
-        training.batches,
-        steps=training.steps,
-        learning_rate=training.learning_rate,
-        weight_decay=training.weight_decay,
-        clip_norm=training.clip_norm,
-    )
+    expected = train_alone(training)
     assert expected.grad_norm > CLIP_NORM, "the case must clip"
     return expected
 

@@ -21,14 +21,12 @@ from lightning_npu_tp.memory import rank_memory
 from lightning_npu_tp.testing.models import (
     ReferenceStep,
     random_batch,
-    reference_model,
-    reference_step,
     tiny_deepseek_v2_config,
     tiny_deepseek_v2_grouped_config,
 )
 from lightning_npu_tp.testing.operators import CountOperators
 from lightning_npu_tp.testing.reference import relative_difference
-from lightning_npu_tp.testing.sharded import Training, compare, sharded_model, train_sharded
+from lightning_npu_tp.testing.sharded import Training, compare, sharded_model, train_alone, train_sharded
 
 # Double rounding over a few thousand additions per element; a real mistake is 1e-3 and more.
 TOLERANCE = 1e-10
@@ -83,14 +81,7 @@ def _training(case: dict[str, Any]) -> Training:
 
 
 def _expected(training: Training) -> ReferenceStep:
-    expected = reference_step(
-        reference_model(training.config),
-        training.batches,
-        steps=training.steps,
-        learning_rate=training.learning_rate,
-        weight_decay=training.weight_decay,
-        clip_norm=training.clip_norm,
-    )
+    expected = train_alone(training)
     assert expected.grad_norm > CLIP_NORM, "the case must clip"
     return expected
 

@@ -210,3 +210,21 @@ def test_what_is_left_on_meta_fills_itself_or_is_named() -> None:
 
     with pytest.raises(ConversionError, match=r"'norm' \(NoReset\) is on the meta device and has no reset_parameters"):
         materialize_rest(nn.ModuleDict({"norm": NoReset()}), device=CPU, seed=0)
+
+
+# transformers 5.23 renames the switch; 5.17 has this name only.
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable")
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointing_that_would_lose_the_balance_losses_gradient_is_refused(alone, use_reentrant: bool) -> None:
+    config = tiny_deepseek_v2_config(aux_loss_alpha=0.1)
+    model = _model(config).train()
+    convert(model, **alone)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    model.enable_input_require_grads()
+    batch = random_batch(config, 2, 8, seed=0)
+    if use_reentrant:
+        with pytest.raises(ConfigError, match="strategy.recompute=block"):
+            model(**batch)
+    else:
+        model(**batch).aux_loss.backward()
+        assert model.model.layers[1].mlp.gate.weight.grad is not None
