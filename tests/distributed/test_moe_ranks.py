@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from transformers import DeepseekV2Config
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Moe
 
+from lightning_npu_tp import collectives
 from lightning_npu_tp.errors import ConfigError
 from lightning_npu_tp.kernels import select
 from lightning_npu_tp.layout import Groups, Layout, Meshes
@@ -237,6 +238,40 @@ def test_tokens_that_travel_to_their_experts_give_the_numbers_of_one_process(on_
     # Replicated over the ranks of a data-parallel layout, where the strategy sums them.
     for name in ("gate.weight", "shared_experts.gate_proj.weight"):
         assert_close_relative(sum(together[name]), reference.get_parameter(name).grad, TOLERANCE, name)
+
+
+def order_of_events(rank: int, ranks: int, problem: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """When rows are sent and waited for, and when the shared experts compute, forward and backward."""
+    events: list[str] = []
+    shared = PartialMLP(problem["state"], 0, 1)
+    shared.register_forward_hook(lambda *_: events.append("shared"))
+    shared.down.register_hook(lambda _: events.append("shared"))
+    block = make_block(rank, ranks, problem, dispatcher=AllToAll(whole_group), shared_experts=shared)
+    start, finish = collectives._Transfer.start, collectives._Transfer.finish
+
+    def logged_start(self: Any, *arguments: Any) -> Tensor:
+        events.append("send")
+        return start(self, *arguments)
+
+    def logged_finish(self: Any) -> Tensor:
+        events.append("wait")
+        return finish(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(collectives._Transfer, "start", logged_start)
+        patch.setattr(collectives._Transfer, "finish", logged_finish)
+        output = block(problem["x"].clone().requires_grad_())
+        forward, events[:] = list(events), []
+        output.sum().backward()
+    return forward, list(events)
+
+
+def test_shared_experts_compute_while_rows_travel(on_ranks):
+    problem, _ = make_problem({})
+    for forward, backward in on_ranks(order_of_events, 2, problem):
+        assert forward == ["send", "shared", "wait", "send", "wait"]
+        # The answers' way back first, then the rows'; the shared experts within the latter.
+        assert backward == ["send", "wait", "send", "shared", "wait"], backward
 
 
 def count_stalls(rank: int, ranks: int, problem: dict[str, Any]) -> list[str]:
