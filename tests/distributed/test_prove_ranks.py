@@ -1,0 +1,118 @@
+"""Catches a proof that proves nothing: a sharding rule whose collective could be dropped without anybody noticing,
+a broken rule that fails without being named, a layout that is reported as right without having run.
+
+Every rule of the DeepSeek-V2 plan is broken once on two ranks.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from lightning_npu_tp import prove as proving
+from lightning_npu_tp.cli import app
+from lightning_npu_tp.convert import Options
+from lightning_npu_tp.errors import ConfigError
+from lightning_npu_tp.layout import Layout
+from lightning_npu_tp.prove import Problem, examine, prove, run_rank
+from lightning_npu_tp.shrink import shrink
+from lightning_npu_tp.testing.models import tiny_deepseek_v2_config, tiny_deepseek_v2_grouped_config
+from lightning_npu_tp.testing.sharded import Training
+
+TWO = Layout(1, 2, 2)
+WHOLE, SLICES = Options(), Options(sequence_parallel=True)
+BIASES = {"attention_bias": True, "mlp_bias": True}
+CONFIGS = {
+    "direct queries": tiny_deepseek_v2_config(**BIASES),
+    "query latent": tiny_deepseek_v2_grouped_config(**BIASES),
+}
+# With slices of the sequence these differ from one process in their own gradient and in no other.
+ALONE = ("model.norm.weight", "*.self_attn.o_proj.bias", "*.mlp.down_proj.bias")
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def problem(request: pytest.FixtureRequest) -> Problem:
+    small = shrink(CONFIGS[request.param], TWO)
+    small.num_hidden_layers = 2
+    return Problem.of(small, TWO, steps=1)
+
+
+def run_each(rank: int, world_size: int, training: Training, options: Options, rules: list[str | None]) -> list[Any]:
+    """Break one rule after another in the same processes, which is much faster than a start for each."""
+    return [run_rank(rank, world_size, training, TWO, options, "float64", [], rule) for rule in rules]
+
+
+def _break_each(on_ranks: Any, problem: Problem, options: Options, rules: list[str]) -> list[str]:
+    """The rules that have a collective in this layout; fails where dropping it is not caught, or not named."""
+    broken: list[str | None] = [None, *rules]
+    results = on_ranks(run_each, 2, problem.training, options, broken, timeout=180)
+    answers = {rule: [rank[index] for rank in results] for index, rule in enumerate(broken)}
+    assert not examine(problem, TWO, options, run=lambda *_, **__: answers[None]).failed
+    caught = []
+    for rule in rules:
+        try:
+            proof = examine(problem, TWO, options, broken=rule, run=lambda *_, **__: answers[rule])
+        except ConfigError as error:
+            assert "no collective" in str(error) and rule in str(error)
+            continue
+        named = {check.name: check.worst.where for check in proof.failed}
+        assert rule in named, f"{rule} lost {proof.left_out} collectives, and only {sorted(named)} fail"
+        assert problem.plan.patterns[named[rule]] == rule
+        if options is SLICES and rule in ALONE:
+            wrong = [check.name for check in proof.checks if check.after and check.gradient.difference > proof.bound]
+            assert wrong == [rule]
+        caught.append(rule)
+    return caught
+
+
+def test_every_rule_that_loses_its_collective_is_caught_and_named(on_ranks: Any, problem: Problem) -> None:
+    rules = list(dict.fromkeys(problem.plan.patterns.values()))
+    caught = _break_each(on_ranks, problem, WHOLE, rules)
+    left = [rule for rule in rules if rule not in caught]
+    assert set(left) == set(ALONE), "which rules need no collective on whole activations has changed"
+    # Norms and router need another collective when they see a slice only.
+    others = [*left, "*layernorm.weight", "*.mlp.gate.weight", "*.self_attn.kv_a_proj_with_mqa.bias"]
+    assert _break_each(on_ranks, problem, SLICES, others) == others
+
+
+def test_exchanged_rows_need_the_sum_of_the_tensor_ranks(on_ranks: Any) -> None:
+    problem = Problem.of(shrink(CONFIGS["direct queries"], TWO), TWO, steps=1)
+    options = Options(dispatch="all_to_all")
+    rules = ["*.mlp.experts.down_proj", "*.mlp.shared_experts.down_proj.weight"]
+    assert _break_each(on_ranks, problem, options, rules) == rules
+
+
+def test_layouts_over_data_ranks_are_proven(on_ranks: Any) -> None:
+    layout = Layout(2, 1, 2)
+    proof = prove(CONFIGS["query latent"], layout, run=on_ranks)
+    print(proof.headline())
+    assert not proof.failed and proof.worst.difference > 0
+    assert "the layout computes what one process computes" in proof.headline()
+    with pytest.raises(ConfigError, match="more than one tensor rank"):
+        prove(CONFIGS["query latent"], layout, steps=1, broken="lm_head.weight", run=on_ranks)
+
+
+@pytest.mark.parametrize("broken", [None, "*.self_attn.o_proj.weight"])
+def test_the_command_prints_a_row_per_rule_and_ends_with_the_verdict(
+    on_ranks: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, broken: str | None
+) -> None:
+    def prove_on_ranks(*args: Any, **kwargs: Any) -> Any:
+        return prove(*args, **kwargs, steps=1, run=on_ranks)
+
+    monkeypatch.setattr(proving, "prove", prove_on_ranks)
+    CONFIGS["direct queries"].save_pretrained(tmp_path)
+    arguments = ["prove", "--model", str(tmp_path), "--tensor", "2", "--json", str(tmp_path / "proof.json")]
+    result = CliRunner().invoke(app, [*arguments, *(["--break", broken] if broken else [])])
+    proof = json.loads((tmp_path / "proof.json").read_text())
+    assert result.exit_code == (1 if broken else 0), result.output
+    assert proof["passed"] is (broken is None) and proof["headline"] in result.output
+    rows = {check["name"]: check for check in proof["checks"]}
+    assert {"loss", "logits", "clip norm", "expert counts", "lm_head.weight"} <= rows.keys()
+    assert all(name in result.output for name in rows)
+    if broken:
+        assert not rows[broken]["passed"] and "o_proj" in rows[broken]["gradient"]["where"]
+        assert "FAIL" in result.output
