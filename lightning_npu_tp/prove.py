@@ -3,8 +3,8 @@
 The user's model, made small (`shrink.py`), trains a few AdamW steps in as many gloo processes as the layout
 has ranks, and once in this process as transformers' own float64 model. Every number of every rank is
 compared; gradients and parameters are told by the sharding rule that they fall under. Knows no command
-line and prints nothing. Balance losses, which transformers does not compute, are not compared; nor are
-checkpoints.
+line and prints nothing. A checkpoint is loaded into another layout too. Balance losses, which transformers
+does not compute, are not compared.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from lightning_npu_tp.layout import Layout, resolve_dispatch
 from lightning_npu_tp.plan import Rule, match_plan
 from lightning_npu_tp.shrink import config_with_few_layers, shrink
 from lightning_npu_tp.testing.breaking import BrokenRegion
-from lightning_npu_tp.testing.models import ReferenceStep, random_batch, reference_model, reference_step
+from lightning_npu_tp.testing.models import ReferenceStep, random_batch, reference_model
 from lightning_npu_tp.testing.ranks import run_ranks
 from lightning_npu_tp.testing.reference import float64_reference, relative_difference
-from lightning_npu_tp.testing.sharded import ShardedRun, Training, compare, train_sharded
+from lightning_npu_tp.testing.sharded import ShardedRun, Training, compare, train_alone, train_sharded
 
 # float64: additions in another order, a few thousand per element, leave 1e-13; a real mistake 1e-3 and more.
 # float32: the ranks round 6e-8 per operation and the one process does not; 1e-6 was seen for gradients and 3e-5 for
@@ -238,17 +238,13 @@ class Problem:
     counts: Tensor | None
 
     @classmethod
-    def of(cls, small: Any, layout: Layout, *, families: Sequence[ModelFamily] = (), steps: int = 3) -> Problem:
-        """small: config from `shrink`; the batches are uneven for `layout`."""
-        training = Training(config=small, batches=uneven_batches(small, layout), steps=steps, clip_norm=_CLIP_NORM)
-        expected = reference_step(
-            reference_model(small),
-            training.batches,
-            steps=steps,
-            learning_rate=training.learning_rate,
-            weight_decay=training.weight_decay,
-            clip_norm=training.clip_norm,
-        )
+    def of(
+        cls, small: Any, layout: Layout, *, families: Sequence[ModelFamily] = (), steps: int = 3, reshard: bool = False
+    ) -> Problem:
+        """small: config from `shrink`; the batches are uneven for `layout`. reshard: see `Training`."""
+        batches = uneven_batches(small, layout)
+        training = Training(config=small, batches=batches, steps=steps, clip_norm=_CLIP_NORM, reshard=reshard)
+        expected = train_alone(training)
         return cls(plan_of(small, families), training, expected, expert_counts(small, training.batches))
 
 
@@ -318,6 +314,8 @@ def examine(
     checks = [Check(name) for name in ("loss", "logits", "clip norm")]
     if problem.counts is not None:
         checks.append(Check("expert counts"))
+    if training.reshard:
+        checks.append(Check("save, reshard, load"))
     splits = {problem.plan.patterns[name]: rule for name, rule in problem.plan.rules.items()}
     checks += [Check(pattern, _split_text(splits[pattern]), after=Worst()) for pattern in patterns]
     rows = {check.name: check for check in checks}
@@ -358,6 +356,9 @@ def _fill(rows: dict[str, Check], rank: int, found: ShardedRun, problem: Problem
         rows[next(row for row in ("loss", "logits", "clip norm") if name.startswith(row))].gradient |= Worst(
             difference, f"{name} on rank {rank}"
         )
+    if found.resharded is not None:
+        difference, what = found.resharded
+        rows["save, reshard, load"].gradient |= Worst(difference, f"{what} on rank {rank}")
     if problem.counts is not None:
         assert found.tokens_per_expert is not None
         counted = found.tokens_per_expert.reshape(problem.counts.shape)
@@ -399,5 +400,5 @@ def prove(
     resolve_dispatch(layout, options.dispatch)
     own = load_families(families)
     check_layout(config, layout, own)
-    problem = Problem.of(shrink(config, layout), layout, families=own, steps=steps)
+    problem = Problem.of(shrink(config, layout), layout, families=own, steps=steps, reshard=broken is None)
     return examine(problem, layout, options, dtype=dtype, families=families, broken=broken, run=run, timeout=timeout)

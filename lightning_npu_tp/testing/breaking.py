@@ -81,6 +81,10 @@ class BrokenRegion(Region):
             return local(getattr(owner, name))
         return super().weight_inside(owner, name)
 
+    def total_inside(self, partial: Tensor, *, of: Any = ()) -> Tensor:
+        """This rank's part instead of the sum."""
+        return partial if self._leaves_out(of, _is_shared) else super().total_inside(partial, of=of)
+
     def _leaves_out(self, of: Any, serves: Callable[[Rule, str, bool], bool]) -> bool:
         owners = of if isinstance(of, tuple) else (of,)
         found = any(serves(self._broken[key], key[1], is_own) for key, is_own in self._parameters_of(owners))

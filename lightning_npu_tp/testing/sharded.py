@@ -7,8 +7,12 @@ against each other, number by number.
 
 from __future__ import annotations
 
+import logging
+import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,9 +21,13 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lightning_npu_tp import kernels
+from lightning_npu_tp.checkpoint import training_state
 from lightning_npu_tp.clipping import clip_grad_norm_, total_grad_norm
-from lightning_npu_tp.convert import Options, convert
+from lightning_npu_tp.convert import Options, check_sizes, conversion_of, convert
 from lightning_npu_tp.data_parallel import reduce_gradients
+from lightning_npu_tp.errors import ConfigError
+from lightning_npu_tp.families.family import ModelFamily
+from lightning_npu_tp.families.registry import FAMILIES
 from lightning_npu_tp.layout import Groups, Layout, Meshes
 from lightning_npu_tp.plan import chunk_bounds
 from lightning_npu_tp.testing.models import IGNORED_LABEL, ReferenceStep, reference_model, reference_step
@@ -33,6 +41,7 @@ class Training:
     config:        transformers config of the model; `reference_model` builds it.
     batches:       global micro-batches of each optimizer step, as `random_batch` makes them.
     clip_norm:     None does not clip.
+    reshard:       save a checkpoint at the end, load it into another layout and compare.
     router_losses: add the balance losses, each micro-batch's by its share of the tokens. Not part of what
                    transformers computes: compare with one process of ours.
     """
@@ -44,6 +53,7 @@ class Training:
     weight_decay: float = 0.1
     clip_norm: float | None = None
     router_losses: bool = False
+    reshard: bool = False
 
     @property
     def tokens(self) -> int:
@@ -56,7 +66,9 @@ class ShardedRun:
     """One rank's view of a sharded run; everything is gathered, so that it compares with one process.
 
     fields as in ReferenceStep; logits are those of this data rank's rows, `rows` says which (first, last)
-    of each micro-batch. tokens_per_expert: [layers, experts], summed over all ranks, of the first step.
+    of each micro-batch. resharded: with Training.reshard, the worst relative difference of weights and optimizer
+    states that came back in another layout, and where. tokens_per_expert: [layers, experts], summed over all
+    ranks, of the first step.
     """
 
     rows: list[tuple[int, int]] = field(default_factory=list)
@@ -66,6 +78,7 @@ class ShardedRun:
     grad_norm: Tensor | None = None
     parameters: dict[str, Tensor] = field(default_factory=dict)
     tokens_per_expert: Tensor | None = None
+    resharded: tuple[float, str] | None = None
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -73,8 +86,18 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def sharded_model(config: Any, layout: Layout, options: Options | None = None) -> tuple[Any, Meshes]:
-    """The float64 reference model converted for `layout` on the CPU; every rank of the default group calls it."""
+def sharded_model(
+    config: Any,
+    layout: Layout,
+    options: Options | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    families: Sequence[ModelFamily] = (),
+) -> tuple[Any, Meshes]:
+    """The reference model converted for `layout` on the CPU; every rank of the default group calls it.
+
+    dtype: None keeps float64. families: beside the built-in ones.
+    """
     # Other weights on the other ranks: rank 0's must reach them.
     model = reference_model(config, seed=0 if dist.get_rank() == 0 else 99)
     meshes = Meshes.build(layout, "cpu")
@@ -84,7 +107,8 @@ def sharded_model(config: Any, layout: Layout, options: Options | None = None) -
         groups=Groups(meshes),
         kernels=kernels.select("cpu"),
         device=torch.device("cpu"),
-        dtype=None,
+        families=families,
+        dtype=dtype,
         seed=0,
         options=options,
     )
@@ -110,14 +134,21 @@ def train_alone(training: Training) -> ReferenceStep:
 
 
 def train_sharded(
-    rank: int, world_size: int, training: Training, layout: Layout, options: Options | None = None
+    rank: int,
+    world_size: int,
+    training: Training,
+    layout: Layout,
+    options: Options | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    families: Sequence[ModelFamily] = (),
 ) -> ShardedRun:
-    """Train on this rank's part of `layout`; see `Training` and `ShardedRun`."""
-    model, meshes = sharded_model(training.config, layout, options)
+    """Train on this rank's part of `layout`; see `Training`, `ShardedRun` and `sharded_model`."""
+    # It says of every gathered parameter that two gathers are slower than one; nothing here is in a hurry.
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
+    model, meshes = sharded_model(training.config, layout, options, dtype=dtype, families=families)
     parameters = dict(model.named_parameters())
-    optimizer = torch.optim.AdamW(
-        parameters.values(), lr=training.learning_rate, weight_decay=training.weight_decay, foreach=False
-    )
+    optimizer = _optimizer(model, training)
     run, blocks = ShardedRun(), moe_blocks(model)
     for step in range(training.steps):
         optimizer.zero_grad()
@@ -149,8 +180,63 @@ def train_sharded(
             clip_grad_norm_(list(parameters.values()), training.clip_norm)
         optimizer.step()
     run.parameters = {name: whole(p.detach()) for name, p in parameters.items()}
+    if training.reshard:
+        other = other_layout(model, layout, families)
+        copy, _ = sharded_model(training.config, other, dtype=dtype, families=families)
+        run.resharded = _through_a_checkpoint(model, optimizer, copy, _optimizer(copy, training))
     dist.barrier()
     return run
+
+
+def _optimizer(model: Any, training: Training) -> torch.optim.AdamW:
+    return torch.optim.AdamW(
+        model.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay, foreach=False
+    )
+
+
+def other_layout(model: Any, layout: Layout, families: Sequence[ModelFamily] = ()) -> Layout:
+    """A layout of as many ranks that splits a converted model in another way, where there is one."""
+    report = conversion_of(model)
+    assert report is not None
+    family = next(family for family in (*families, *FAMILIES) if family.name == report.family)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
+    world = layout.world
+    for sizes in ((1, world, world), (world, 1, world), (world, 1, 1)):
+        other = Layout(*sizes)
+        try:
+            check_sizes(family, model.config, report.rules, shapes, other)
+        except ConfigError:
+            continue
+        if other != layout:
+            return other
+    return layout
+
+
+def _through_a_checkpoint(model: Any, optimizer: Any, copy: Any, its_optimizer: Any) -> tuple[float, str]:
+    """Save one, load the other, and compare all tensors; the folder is removed."""
+    is_main = dist.get_rank() == 0
+    place: list[Any] = [tempfile.mkdtemp() if is_main else None]
+    dist.broadcast_object_list(place)
+    path = Path(place[0]) / "checkpoint"
+    try:
+        states = [training_state.optimizer_state(model, optimizer, full=False)]
+        saved = {"state_dict": training_state.model_state(model, full=False), "optimizer_states": states}
+        training_state.save_sharded(saved, path, is_main=is_main)
+        dist.barrier()
+        training_state.load(path, copy, [its_optimizer], strict=True, weights_only=None)
+        dist.barrier()
+    finally:
+        if is_main:
+            shutil.rmtree(place[0])
+    worst = (0.0, "weights")
+    loaded = dict(copy.named_parameters())
+    for name, parameter in model.named_parameters():
+        pairs = {name: (loaded[name], parameter)}
+        for key, value in optimizer.state[parameter].items():
+            pairs[f"{key} of {name}"] = (its_optimizer.state[loaded[name]][key], value)
+        for what, (actual, wanted) in pairs.items():
+            worst = max(worst, (relative_difference(whole(actual), whole(wanted)), what))
+    return worst
 
 
 def moe_blocks(model: Any) -> list[Any]:

@@ -20,7 +20,7 @@ from lightning_npu_tp.errors import ConfigError
 from lightning_npu_tp.layout import Layout
 from lightning_npu_tp.prove import Problem, examine, prove, run_rank
 from lightning_npu_tp.shrink import shrink
-from lightning_npu_tp.testing.models import tiny_deepseek_v2_config, tiny_deepseek_v2_grouped_config
+from lightning_npu_tp.testing.models import tiny_config, tiny_deepseek_v2_config, tiny_deepseek_v2_grouped_config
 from lightning_npu_tp.testing.sharded import Training
 
 TWO = Layout(1, 2, 2)
@@ -84,6 +84,32 @@ def test_exchanged_rows_need_the_sum_of_the_tensor_ranks(on_ranks: Any) -> None:
     options = Options(dispatch="all_to_all")
     rules = ["*.mlp.experts.down_proj", "*.mlp.shared_experts.down_proj.weight"]
     assert _break_each(on_ranks, problem, options, rules) == rules
+
+
+@pytest.mark.parametrize("layout", [Layout(1, 2, 2), Layout(2, 1, 2)])
+def test_a_checkpoint_comes_back_in_another_layout(on_ranks: Any, layout: Layout) -> None:
+    problem = Problem.of(shrink(CONFIGS["direct queries"], layout), layout, steps=1, reshard=True)
+    results = on_ranks(run_rank, 2, problem.training, layout, WHOLE, "float64", [], None, timeout=90)
+    proof = examine(problem, layout, WHOLE, run=lambda *_, **__: results)
+    (row,) = [check for check in proof.checks if check.name == "save, reshard, load"]
+    assert not proof.failed and row.gradient.difference == 0.0
+    # What comes back otherwise is seen.
+    results[1][0].resharded = (0.5, "exp_avg of something")
+    broken = examine(problem, layout, WHOLE, run=lambda *_, **__: results)
+    assert [check.name for check in broken.failed] == ["save, reshard, load"]
+
+
+def test_a_norm_over_all_heads_needs_its_sum(on_ranks: Any) -> None:
+    problem = Problem.of(shrink(tiny_config("olmoe"), TWO), TWO, steps=1)
+    rules = ["*.self_attn.q_norm.weight", "*.self_attn.k_norm.weight"]
+    assert _break_each(on_ranks, problem, WHOLE, rules) == rules
+
+
+def test_float32_is_held_to_its_own_bound(on_ranks: Any) -> None:
+    problem = Problem.of(shrink(CONFIGS["direct queries"], TWO), TWO, steps=1)
+    results = on_ranks(run_rank, 2, problem.training, TWO, SLICES, "float32", [], None, timeout=90)
+    proof = examine(problem, TWO, SLICES, dtype="float32", run=lambda *_, **__: results)
+    assert not proof.failed and 1e-9 < proof.worst.difference < proof.bound
 
 
 def test_layouts_over_data_ranks_are_proven(on_ranks: Any) -> None:
