@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_npu_tp.checkpoint.keys import KeyTable, expert_keys
 from lightning_npu_tp.errors import ConversionError
 from lightning_npu_tp.families.family import BuildContext, Constructor
 from lightning_npu_tp.layers.causal_lm import ShardedCausalLM, ShardedDecoder
@@ -105,6 +106,11 @@ def expert_rules() -> dict[str, Rule]:
         "*.mlp.experts.gate_up_proj": Experts(),
         "*.mlp.experts.down_proj": Experts(),
     }
+
+
+def moe_keys(config: Any) -> KeyTable:
+    """Files that hold each expert by itself under `mlp.experts`, as most families' do."""
+    return KeyTable(entries=expert_keys("*.mlp.experts"))
 
 
 def attention_units(config: Any) -> dict[str, int]:

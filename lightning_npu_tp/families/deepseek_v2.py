@@ -72,6 +72,7 @@ DEEPSEEK_V2 = ModelFamily(
     mixins=common.MIXINS,
     swaps=common.frame_swaps("DeepseekV2", common.latent_attention)
     | {"DeepseekV2MLP": common.dense_mlp, "DeepseekV2Moe": _moe},
+    keys=common.moe_keys,
     models="DeepSeek-V2, -V2.5, -V2-Lite, -Coder-V2",
     refused="other `topk_method`s than greedy and group_limited_greedy",
 )

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from lightning_npu_tp.checkpoint.keys import Ignored, KeyTable, expert_keys
 from lightning_npu_tp.families import common
 from lightning_npu_tp.families.family import BuildContext, ModelFamily
 from lightning_npu_tp.layers.linear import ShardedMLP
@@ -28,6 +29,13 @@ def plan(config: Any) -> Plan:
     if num_dense < config.num_hidden_layers:
         rules |= common.expert_rules() | common.mlp_rules("*.mlp.shared_experts")
     return rules
+
+
+def keys(config: Any) -> KeyTable:
+    """As V2's; the layers behind the last one predict further tokens in training and are not part of the model."""
+    first, number = config.num_hidden_layers, getattr(config, "num_nextn_predict_layers", None) or 1
+    ignored = [Ignored(f"model.layers.{first + extra}.*", "multi-token prediction") for extra in range(number)]
+    return KeyTable(entries=expert_keys("*.mlp.experts"), ignored=ignored)
 
 
 def expected(config: Any) -> Mapping[str, int]:
@@ -69,5 +77,6 @@ DEEPSEEK_V3 = ModelFamily(
     mixins=common.MIXINS,
     swaps=common.frame_swaps("DeepseekV3", common.latent_attention)
     | {"DeepseekV3MLP": common.dense_mlp, "DeepseekV3MoE": _moe},
+    keys=keys,
     models="DeepSeek-V3, -R1",
 )

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from lightning_npu_tp.checkpoint.keys import KeyTable
 from lightning_npu_tp.kernels import Kernels
 from lightning_npu_tp.moe.dispatch import AllToAll, Replicated
 from lightning_npu_tp.plan import Plan
@@ -59,6 +60,7 @@ class ModelFamily:
                  forward then replaces its own.
     expected:    config -> {class name: how many are swapped}; None asks for at least one of each.
     check:       config -> None; raises ConversionError for a variant that is not supported.
+    keys:        config -> names of the parameters in the files that are published of it, where they differ.
     layers:      path of the list of decoder layers; data parallelism gathers one at a time.
     models:      what is published of it, for the README's table.
     refused:     what `check` and the sizes refuse, for the same.
@@ -72,6 +74,7 @@ class ModelFamily:
     mixins: Mapping[str, type] = field(default_factory=dict)
     expected: Callable[[Any], Mapping[str, int]] | None = None
     check: Callable[[Any], None] = lambda config: None
+    keys: Callable[[Any], KeyTable] = lambda config: KeyTable()
     layers: str = "model.layers"
     models: str = ""
     refused: str = ""

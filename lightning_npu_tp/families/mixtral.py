@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from lightning_npu_tp.checkpoint.keys import KeyTable, Renamed, expert_keys
 from lightning_npu_tp.errors import ConversionError
 from lightning_npu_tp.families import common
 from lightning_npu_tp.families.family import BuildContext, ModelFamily
@@ -28,6 +29,12 @@ def plan(config: Any) -> Plan:
 def units(config: Any) -> Mapping[str, int]:
     """What a layout must not cut."""
     return common.attention_units(config) | {"expert": config.num_local_experts}
+
+
+def keys(config: Any) -> KeyTable:
+    """The published names: `block_sparse_moe`, and w1, w3, w2 for gate, up and down."""
+    experts = expert_keys("*.block_sparse_moe.experts", gate="w1", up="w3", down="w2")
+    return KeyTable(entries=[*experts, Renamed("*.mlp.gate.weight", "*.block_sparse_moe.gate.weight")])
 
 
 def expected(config: Any) -> Mapping[str, int]:
@@ -63,6 +70,7 @@ MIXTRAL = ModelFamily(
     check=check,
     mixins=common.MIXINS,
     swaps=common.frame_swaps("Mixtral", _attention) | {"MixtralSparseMoeBlock": _moe},
+    keys=keys,
     models="Mixtral 8x7B, 8x22B",
     refused="a sliding window, `output_router_logits`, router jitter",
 )

@@ -66,6 +66,7 @@ OLMOE = ModelFamily(
     check=check,
     mixins=common.MIXINS,
     swaps=common.frame_swaps("Olmoe", _attention) | {"OlmoeSparseMoeBlock": _moe},
+    keys=common.moe_keys,
     models="OLMoE-1B-7B",
     refused="`output_router_logits`",
 )

@@ -109,6 +109,7 @@ QWEN2_MOE = ModelFamily(
     mixins=common.MIXINS,
     swaps=common.frame_swaps("Qwen2Moe", _attention)
     | {"Qwen2MoeMLP": common.dense_mlp, "Qwen2MoeSparseMoeBlock": _moe},
+    keys=common.moe_keys,
     models="Qwen1.5-MoE, Qwen2-57B-A14B",
     refused="a sliding window, `output_router_logits`",
 )

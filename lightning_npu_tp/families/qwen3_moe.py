@@ -69,6 +69,7 @@ QWEN3_MOE = ModelFamily(
     mixins=common.MIXINS,
     swaps=common.frame_swaps("Qwen3Moe", _attention)
     | {"Qwen3MoeMLP": common.dense_mlp, "Qwen3MoeSparseMoeBlock": _moe},
+    keys=common.moe_keys,
     models="Qwen3-30B-A3B, Qwen3-235B-A22B",
     refused="a sliding window, `output_router_logits`",
 )
