@@ -9,10 +9,11 @@ from lightning_npu_tp.device import explained_import
 
 with explained_import():
     from lightning_npu_tp.accelerator import NPUAccelerator, register
+    from lightning_npu_tp.checkpoint.load import weights_from
     from lightning_npu_tp.families.family import ModelFamily
     from lightning_npu_tp.strategy import NPUTensorParallelStrategy, register_strategy
 
-__all__ = ["ModelFamily", "NPUAccelerator", "NPUTensorParallelStrategy"]
+__all__ = ["ModelFamily", "NPUAccelerator", "NPUTensorParallelStrategy", "weights_from"]
 
 register()
 register_strategy()

@@ -116,7 +116,7 @@ def run_settings(trainer: Trainer, module: LightningModule, strategy: Any) -> di
     Nothing here differs between ranks on purpose: no paths, no ranks, no devices.
     """
     settings: dict[str, Any] = {
-        "strategy": {**vars(strategy.layout), **vars(strategy.options)},
+        "strategy": vars(strategy.layout) | vars(strategy.options) | vars(strategy.checkpoint_settings),
         "trainer": {name: getattr(trainer, name) for name in _TRAINER_SETTINGS if hasattr(trainer, name)},
         "module": {"class": type(module).__qualname__, **dict(module.hparams)},
         "seed": os.environ.get("PL_GLOBAL_SEED", "not set"),

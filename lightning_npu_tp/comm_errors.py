@@ -2,7 +2,9 @@
 
 torch's own error says how long it waited. The rest is read from the traceback when it is too late for anything else:
 the innermost frame inside torch.distributed names the operation and holds its group. So training pays nothing. The
-launcher translates, around a whole trainer call; setup, validation and checkpoints are covered as well.
+launcher translates, around a whole trainer call; setup, validation and checkpoints are covered as well. What a code of
+HCCL in the text means is `hccl/faults.py`'s; errors of the device that a collective only happens to meet are
+`device_errors.py`'s.
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ from types import FrameType, TracebackType
 
 import torch.distributed as dist
 
+from lightning_npu_tp.hccl.faults import explain as explain_code
+from lightning_npu_tp.hccl.faults import is_communication
 from lightning_npu_tp.host_watch import Answer, HostWatch
 from lightning_npu_tp.hosts import CommunicationError, ranks_in_words
 from lightning_npu_tp.layout import DATA_AXIS, EXPERT_AXIS, EXPERT_REPLICA_AXIS, TENSOR_AXIS
@@ -43,19 +47,25 @@ def explain(error: BaseException, watch: HostWatch | None) -> CommunicationError
         return None
     found = _operation(error.__traceback__)
     text = str(error).strip()
-    if found is None or (_GAVE_UP.search(text) is None and not isinstance(error, dist.DistError)):
+    fault = explain_code(text)
+    if fault is not None and not is_communication(fault):
         return None
+    gave_up = fault is not None or _GAVE_UP.search(text) is not None or isinstance(error, dist.DistError)
+    if found is None or not gave_up:
+        return None
+    # A broken pipe inside of a collective is the other rank's; the table tells of pipes to compilers.
+    meaning = "" if fault is None or fault.code == "BrokenPipe" else f"{fault.sentence()} "
     reason = re.sub(r"^\[[^]]*\] *", "", text.splitlines()[0]).rstrip(".") if text else type(error).__name__
     if not dist.is_initialized():
         return CommunicationError(
-            f"The ranks did not meet: {reason}. Start them all within strategy.timeout_s, with one MASTER_ADDR and "
-            f"MASTER_PORT that every host reaches; if one ended before, look there for the cause."
+            f"The ranks did not meet: {reason}. {meaning}Start them all within strategy.timeout_s, with one "
+            f"MASTER_ADDR and MASTER_PORT that every host reaches; if one ended before, look there for the cause."
         )
     operation, group = found
     answers = watch.ask() if watch is not None else []
     where = f" on rank {watch.rank} of host {watch.here.name}" if watch is not None else ""
     return CommunicationError(
-        f"{operation} over {_group_in_words(group)} failed{where}: {reason}. {_verdict(watch, answers)}"
+        f"{operation} over {_group_in_words(group)} failed{where}: {reason}. {meaning}{_verdict(watch, answers)}"
     )
 
 

@@ -3,7 +3,7 @@
 For every supported model found: check the sizes, swap the modules that compute differently, match
 each parameter to its rule, and replace it by a DTensor whose local part lies on this rank's device.
 Parameters on the meta device are filled from the seed and their name (`initial.py`); parameters that
-hold weights keep them. Names stay as they were. Reading checkpoints is not done here.
+hold weights keep them; a model that `weights_from` marked is filled from files. Names stay as they were.
 """
 
 from __future__ import annotations
@@ -20,7 +20,16 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from lightning_npu_tp.data_parallel import DATA_PARALLEL, DataParallel, parallelize_over_data, rebind_groups
+from lightning_npu_tp.checkpoint.load import LoadReport, fill, marked_folder
+from lightning_npu_tp.checkpoint.peers import Peers
+from lightning_npu_tp.data_parallel import (
+    DATA_PARALLEL,
+    DataParallel,
+    allocate_shards,
+    parallelize_over_data,
+    rebind_groups,
+    shared_by_fsdp,
+)
 from lightning_npu_tp.errors import ConfigError, ConversionError
 from lightning_npu_tp.families.family import BuildContext, ModelFamily
 from lightning_npu_tp.families.registry import FAMILIES
@@ -29,8 +38,6 @@ from lightning_npu_tp.kernels import Kernels
 from lightning_npu_tp.layers.causal_lm import ATTENTION_NAME, become
 from lightning_npu_tp.layout import (
     DISPATCH,
-    EXPERT_AXIS,
-    TENSOR_AXIS,
     Dispatch,
     Groups,
     Layout,
@@ -42,6 +49,8 @@ from lightning_npu_tp.plan import Rule, chunk_bounds, match_plan
 from lightning_npu_tp.recompute import RECOMPUTE, Recompute, recompute_layers
 from lightning_npu_tp.region import Region
 from lightning_npu_tp.region import local as local_part
+from lightning_npu_tp.shards import mesh_of, targets_of
+from lightning_npu_tp.swaps import find_swaps, swap_modules
 
 _RECORD = "_lightning_npu_tp"
 
@@ -88,6 +97,7 @@ class ConversionReport:
     rules:             parameter name -> rule.
     layout, groups:    what it was sharded for, and the groups that its modules use.
     dispatch:          how tokens reach their experts; "none" for a model without any.
+    loaded:            what was read from files; None for a model that was not.
     """
 
     model: str
@@ -100,6 +110,7 @@ class ConversionReport:
     local_parameters: int = 0
     local_bytes: int = 0
     rules: dict[str, Rule] = field(default_factory=dict)
+    loaded: LoadReport | None = None
 
 
 def find_models(root: nn.Module, families: Sequence[ModelFamily]) -> Iterator[tuple[str, nn.Module, ModelFamily]]:
@@ -190,20 +201,22 @@ def _convert_one(
     rules = match_plan(family.plan(config), names, family=family.name)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
     check_sizes(family, config, rules, shapes, meshes.layout)
-    swaps = _find_swaps(model, family, config)
+    swaps = find_swaps(model, family, config)
     padding_rows = {
         f"{name}.weight" if name else "weight": module.padding_idx
         for name, module in model.named_modules()
         if isinstance(module, nn.Embedding) and module.padding_idx is not None
     }
 
+    folder = marked_folder(model)
+    own_buffers = {name for name in model.state_dict() if name not in shapes}
     own_config = _own_config(model, config)
     report = ConversionReport(model=model_name, family=family.name, layout=meshes.layout, groups=groups, rules=rules)
     region = options.region(groups, sequence_parallel=options.sequence_parallel and meshes.layout.tensor > 1)
     dispatch = resolve_dispatch(meshes.layout, options.dispatch)
     if any(rule.axis == "expert" for rule in rules.values()):
         report.dispatch = dispatch
-    report.swapped = _swap(
+    report.swapped = swap_modules(
         swaps,
         family,
         BuildContext(region=region, kernels=kernels, config=own_config, dispatch=dispatch, recompute=options.recompute),
@@ -220,9 +233,14 @@ def _convert_one(
         first = tied.get(name, name)
         if first not in sharded:
             parameter = model.get_parameter(name)
-            rule, mesh = rules[name], _mesh_of(rules[name], meshes)
+            rule, mesh = rules[name], mesh_of(rules[name], meshes)
             full_shape, target = shapes[name], dtype or parameter.dtype
-            if parameter.is_meta:
+            if folder is not None:
+                shape = rule.local_shape(full_shape, mesh.get_local_rank(), mesh.size())
+                # FSDP would copy what it shares out, and twice the memory is what nobody has.
+                waits = shared_by_fsdp(meshes, options.data_parallel, experts=rule.axis == "expert")
+                local = torch.empty(shape, dtype=target, device="meta" if waits else device)
+            elif parameter.is_meta:
                 local = initial_shard(name, full_shape, rule, mesh.get_local_rank(), mesh.size(), seed=seed, std=std)
                 if name in padding_rows:
                     start, stop = chunk_bounds(full_shape[0], mesh.get_local_rank(), mesh.size())
@@ -246,6 +264,10 @@ def _convert_one(
         recompute_layers(model, region, own_config)
     if meshes.layout.data > 1:
         parallelize_over_data(model, family.layers, meshes, options.data_parallel)
+    if folder is not None:
+        allocate_shards(model, device)
+        targets = targets_of(model, names, shapes, tied, rules, meshes, own_buffers)
+        report.loaded = fill(folder, targets, family.keys(own_config), family=family.name, peers=Peers())
     for parameter in model.parameters():
         own = local_part(parameter)
         report.local_parameters += own.numel()
@@ -256,10 +278,6 @@ def _convert_one(
 
 def _strides(shape: Sequence[int]) -> tuple[int, ...]:
     return torch.empty(tuple(shape), device="meta").stride()
-
-
-def _mesh_of(rule: Rule, meshes: Meshes) -> DeviceMesh:
-    return meshes.expert[EXPERT_AXIS] if rule.axis == "expert" else meshes.dense[TENSOR_AXIS]
 
 
 def _tied_names(model: nn.Module) -> dict[str, str]:
@@ -278,54 +296,6 @@ def _own_config(model: nn.Module, config: Any) -> Any:
         if getattr(module, "config", None) is config:
             module.config = own
     return own
-
-
-@dataclass(frozen=True)
-class _Swap:
-    parent: nn.Module
-    child: str
-    kind: str
-
-
-def _find_swaps(model: nn.Module, family: ModelFamily, config: object) -> list[_Swap]:
-    """Modules to replace; one inside another that is replaced belongs to that one's constructor.
-
-    Raises ConversionError when their number is not what the config says: a class that was renamed
-    would otherwise keep its unsharded forward, and nobody would notice.
-    """
-    swaps: list[_Swap] = []
-
-    def visit(parent: nn.Module) -> None:
-        for name, child in parent.named_children():
-            kind = type(child).__name__
-            if kind in family.swaps:
-                swaps.append(_Swap(parent, name, kind))
-            else:
-                visit(child)
-
-    visit(model)
-    found = Counter(swap.kind for swap in swaps)
-    expected = Counter(family.expected(config)) if family.expected else Counter(dict.fromkeys(family.swaps, 1))
-    wrong = [
-        f"{found[kind]} of {kind} instead of {'at least ' if family.expected is None else ''}{number}"
-        for kind, number in expected.items()
-        if (found[kind] != number if family.expected else found[kind] < number)
-    ]
-    if wrong:
-        raise ConversionError(
-            f"{type(model).__name__} does not look like {family.name}: it has {', '.join(wrong)}. "
-            f"The installed transformers may have changed the model; 5.17 to 5.23 are supported."
-        )
-    return swaps
-
-
-def _swap(swaps: list[_Swap], family: ModelFamily, context: BuildContext) -> Counter[str]:
-    for swap in swaps:
-        child = getattr(swap.parent, swap.child)
-        replacement = family.swaps[swap.kind](child, context)
-        replacement.train(child.training)
-        swap.parent.register_module(swap.child, replacement)
-    return Counter(swap.kind for swap in swaps)
 
 
 def _shard_of_existing(full: Tensor, rule: Rule, mesh: DeviceMesh, device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -56,6 +56,39 @@ def parallelize_over_data(model: nn.Module, layers: str, meshes: Meshes, how: Da
     _wrap(model, meshes.dense[DATA_AXIS], how, alone)
 
 
+def shared_by_fsdp(meshes: Meshes, how: DataParallel, *, experts: bool) -> bool:
+    """Whether `parallelize_over_data` leaves each rank a slice only of its dense parameters, or of its experts."""
+    layout = meshes.layout
+    return how == "shard" and layout.data > 1 and (not experts or layout.expert_replicas > 1)
+
+
+@torch.no_grad()
+def allocate_shards(model: nn.Module, device: torch.device) -> None:
+    """Give memory to parameters that went through `parallelize_over_data` on the meta device; values are undefined."""
+    made: dict[int, nn.Parameter] = {}
+    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+        if parameter.is_meta:
+            if id(parameter) not in made:
+                filled = nn.Parameter(torch.empty_like(parameter, device=device), parameter.requires_grad)
+                made[id(parameter)] = filled
+            owner, _, leaf = name.rpartition(".")
+            model.get_submodule(owner).register_parameter(leaf, made[id(parameter)])
+    for group in _fsdp_groups(model) if made else ():
+        for shared in group.fsdp_params:
+            shared.reset_sharded_param()
+
+
+def _fsdp_groups(root: nn.Module) -> list[Any]:
+    """What FSDP keeps of the modules inside `root`; 2.13 keeps a list per module, earlier versions one."""
+    found = []
+    for module in root.modules():
+        if isinstance(module, FSDPModule):
+            state = module._get_fsdp_state()
+            groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+            found += [group for group in groups if group is not None]
+    return found
+
+
 def _shares_parameters(model: nn.Module, path: str) -> bool:
     """Whether a parameter below `path` is one outside of it as well."""
     inside: set[int] = set()
@@ -97,16 +130,10 @@ def reduce_gradients(root: nn.Module, enabled: bool) -> None:
 
 def rebind_groups(root: nn.Module) -> None:
     """Let FSDP use the process groups of now: it holds those of the process group that it was set up in."""
-    for module in root.modules():
-        if isinstance(module, FSDPModule):
-            state = module._get_fsdp_state()
-            # 2.13 keeps a list, earlier versions one.
-            groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
-            for group in groups:
-                if group is not None:
-                    for info in (group.mesh_info, group.post_forward_mesh_info):
-                        if info is not None:
-                            info.__post_init__()
+    for group in _fsdp_groups(root):
+        for info in (group.mesh_info, group.post_forward_mesh_info):
+            if info is not None:
+                info.__post_init__()
 
 
 @torch.no_grad()

@@ -26,6 +26,7 @@ from lightning.pytorch.strategies.launchers.subprocess_script import _Subprocess
 from typing_extensions import override
 
 from lightning_npu_tp.comm_errors import explain
+from lightning_npu_tp.device_errors import explain_device_error
 from lightning_npu_tp.errors import ConfigError
 from lightning_npu_tp.hydra_job import HydraJob, current_job, program
 from lightning_npu_tp.process_group import host_watch
@@ -63,7 +64,7 @@ class ProcessLauncher(_SubprocessScriptLauncher):
         if a collective failed.
         """
         self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
-        call = functools.partial(self._run, function, args, kwargs)
+        call = functools.partial(self._run, function, args, kwargs, trainer)
         with _restored_environment():
             if not self.cluster_environment.creates_processes_externally:
                 self._current = self._ranks_of_this_job()
@@ -115,14 +116,15 @@ class ProcessLauncher(_SubprocessScriptLauncher):
         self._watch = SignalWatch(on_sigterm=on_sigterm, grace_seconds=grace_seconds, notice=notice, end=end)
         self._watch.install()
 
-    def _run(self, function: Callable, args: Any, kwargs: Any) -> Any:
+    def _run(self, function: Callable, args: Any, kwargs: Any, trainer: pl.Trainer | None) -> Any:
         with self._watched():
             _set_num_threads_if_needed(num_processes=self.num_processes)
             try:
                 return function(*args, **kwargs)
             except (RuntimeError, ConnectionError) as error:
                 # Here, because Lightning's teardown, which closes the groups, comes further out.
-                if (explained := explain(error, host_watch())) is not None:
+                explained = explain(error, host_watch()) or explain_device_error(error, trainer)
+                if explained is not None:
                     raise explained from error
                 raise
 

@@ -1,7 +1,7 @@
 """The Lightning strategy: process group, meshes, conversion, precision, clipping, checkpoints, teardown.
 
-A thin layer that calls the parts at the right moment of a trainer's life. It derives from
-ParallelStrategy and not from Lightning's ModelParallelStrategy: the connector refuses 64-true and
+A thin layer that calls the parts at the right moment of a trainer's life; checkpoints: checkpoint/strategy_part.py.
+It derives from ParallelStrategy and not from Lightning's ModelParallelStrategy: the connector refuses 64-true and
 16-mixed for instances of that class before a subclass is asked, and most of its methods would be
 overridden (its mesh has no expert axis, its reductions count every tensor rank, it wipes loaded
 weights). What is kept is its contract: `device_mesh`, the sampler arguments, the checkpoint layout.
@@ -14,7 +14,6 @@ import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,25 +23,23 @@ from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import Accelerator
-from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins.precision import Precision
-from lightning.pytorch.strategies import ParallelStrategy, StrategyRegistry
+from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 from lightning_utilities.core.rank_zero import rank_zero_only as utils_rank_zero_only
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.optim import Optimizer
 
 from lightning_npu_tp import kernels as kernel_choice
 from lightning_npu_tp import module_setup
 from lightning_npu_tp.agreement import require_agreement, require_equal_batches, run_settings
-from lightning_npu_tp.checkpoint import training_state
+from lightning_npu_tp.checkpoint.strategy_part import CheckpointHooks, CheckpointSettings, OnSaveError
 from lightning_npu_tp.collectives import group_size
 from lightning_npu_tp.convert import Options, adopt, convert, materialize_rest
 from lightning_npu_tp.data_parallel import DataParallel, average_plain_gradients, reduce_gradients
 from lightning_npu_tp.device import NPU, backend_for, idle_npus
-from lightning_npu_tp.errors import CheckpointError, ConfigError, ConversionError
+from lightning_npu_tp.errors import ConfigError, ConversionError
 from lightning_npu_tp.families.family import ModelFamily
 from lightning_npu_tp.families.registry import supported
 from lightning_npu_tp.hccl.env import HcclSettings, SettingsReport
@@ -60,7 +57,7 @@ from lightning_npu_tp.summary import summary_table
 UserConversion = Callable[[LightningModule, Meshes], None]
 
 
-class NPUTensorParallelStrategy(ParallelStrategy):
+class NPUTensorParallelStrategy(CheckpointHooks):
     """Shards transformers models found in any LightningModule over tensor and expert ranks.
 
     Works on npu, cuda and cpu: `Trainer(accelerator="cpu", devices=2, strategy="npu_tp")` or with an
@@ -84,6 +81,11 @@ class NPUTensorParallelStrategy(ParallelStrategy):
         hccl: settings applied to the environment before the process group exists.
         save_distributed_checkpoint: a folder of shards (True) or one gathered file (False).
         checkpoint_weights_only: passed on when the trainer says nothing; False trusts the file.
+        async_save: training waits for the copy to host memory only; writing goes on beside it.
+        on_save_error: "stop" the run when a checkpoint cannot be saved, or "continue" with a warning.
+        verify_checkpoints: compare the checksums of all files before loading.
+        resume_weights_only: take only the weights of fit(ckpt_path=…); optimizers and step count begin anew.
+        allow_other_tokenizer: load a checkpoint that was trained with another tokenizer.
         init_seed: of the weights of parameters on the meta device; None takes torch's initial seed.
         cluster_environment, process_group_backend: as in Lightning's other strategies.
 
@@ -110,6 +112,11 @@ class NPUTensorParallelStrategy(ParallelStrategy):
         hccl: HcclSettings | None = None,
         save_distributed_checkpoint: bool = True,
         checkpoint_weights_only: bool | None = None,
+        async_save: bool = False,
+        on_save_error: OnSaveError = "stop",
+        verify_checkpoints: bool = True,
+        resume_weights_only: bool = False,
+        allow_other_tokenizer: bool = False,
         init_seed: int | None = None,
         cluster_environment: ClusterEnvironment | None = None,
         process_group_backend: str | None = None,
@@ -130,8 +137,17 @@ class NPUTensorParallelStrategy(ParallelStrategy):
         self._timeout = timedelta(seconds=timeout_s)
         self._hccl = hccl
         self._hccl_report: SettingsReport | None = None
-        self._full_checkpoints = not save_distributed_checkpoint
-        self._weights_only = checkpoint_weights_only
+        self._set_up_checkpoints(
+            CheckpointSettings(
+                sharded=save_distributed_checkpoint,
+                trusted=checkpoint_weights_only,
+                async_save=async_save,
+                on_save_error=on_save_error,
+                verify=verify_checkpoints,
+                resume_weights_only=resume_weights_only,
+                allow_other_tokenizer=allow_other_tokenizer,
+            )
+        )
         self._init_seed = init_seed
         self._backend = process_group_backend
         self._groups = Groups()
@@ -277,6 +293,7 @@ class NPUTensorParallelStrategy(ParallelStrategy):
             self._close()
 
     def _close(self) -> None:
+        self._end_saves()
         for groups in (self._groups, *self._adopted):
             groups.close()
         close_process_group()
@@ -452,68 +469,6 @@ class NPUTensorParallelStrategy(ParallelStrategy):
     def _module(self) -> LightningModule:
         assert self.lightning_module is not None, "no trainer call has connected a module yet"
         return self.lightning_module
-
-    # --- checkpoints -----------------------------------------------------------------------------
-
-    @property
-    def restore_checkpoint_after_setup(self) -> bool:
-        """The shards exist after setup."""
-        return True
-
-    @property
-    def lightning_restore_optimizer(self) -> bool:
-        """`load_checkpoint` has done it."""
-        return False
-
-    def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Shards, or everything on rank 0."""
-        with self.process_group():
-            return training_state.model_state(self._module, full=self._full_checkpoints)
-
-    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """State by parameter name, shards, or everything on rank 0."""
-        if isinstance(optimizer, LightningOptimizer):
-            optimizer = optimizer._optimizer
-        with self.process_group():
-            return training_state.optimizer_state(self._module, optimizer, full=self._full_checkpoints)
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """Write the trainer's state; every rank calls it."""
-        if storage_options is not None:
-            raise CheckpointError(
-                "storage_options is not supported: checkpoints are written by torch.distributed.checkpoint and not by "
-                "a CheckpointIO. Leave it out."
-            )
-        with self.process_group():
-            path = Path(self.broadcast(filepath))
-            if not self._full_checkpoints:
-                training_state.save_sharded(checkpoint, path, is_main=self.is_global_zero)
-            elif self.is_global_zero:
-                training_state.save_full(checkpoint, path)
-            self.barrier("save_checkpoint")
-
-    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Load weights and, while fitting, optimizer states; returns the rest."""
-        path = Path(self.broadcast(checkpoint_path))
-        return training_state.load(
-            path,
-            self._module,
-            self.optimizers,
-            strict=self._module.strict_loading,
-            # Lightning drops fit(weights_only=…) on this path, so the strategy has a setting of its own.
-            weights_only=self._weights_only if weights_only is None else weights_only,
-        )
-
-    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Done by `load_checkpoint`."""
-
-    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Done by `load_checkpoint`."""
-
-    def remove_checkpoint(self, filepath: Any) -> None:
-        """Delete a checkpoint; rank 0 does it."""
-        if self.is_global_zero:
-            self.checkpoint_io.remove_checkpoint(filepath)
 
 
 def register_strategy() -> None:

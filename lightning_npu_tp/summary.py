@@ -40,6 +40,8 @@ def summary_table(
             f"{report.parameters:,} parameters; on this rank {report.local_parameters:,} ({share:.1%}), "
             f"{_bytes(report.local_bytes)}",
         )
+        if report.loaded is not None:
+            table.add_row("weights", report.loaded.line())
         if report.dispatch != "none":
             table.add_row("dispatch", _DISPATCH[report.dispatch])
     for group, ranks in communicators(meshes).items():

@@ -26,6 +26,7 @@ import torch.distributed as dist
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_npu_tp.errors import RankFailure
+from lightning_npu_tp.hccl.faults import DeviceFault
 from lightning_npu_tp.hosts import CommunicationError
 from lightning_npu_tp.processes import ChildProcess, end_processes, kill_descendants
 from lightning_npu_tp.signals import TERMINATED
@@ -83,7 +84,16 @@ def looks_like_lost_peer(error: BaseException) -> bool:
     """Whether this exception may only say that another rank is gone."""
     if isinstance(error, dist.DistError | ConnectionError | CommunicationError):
         return True
+    if isinstance(error, DeviceFault):
+        return False
     return isinstance(error, RuntimeError) and _LOST_PEER.search(str(error)) is not None
+
+
+def _reads_like_lost_peer(last_error: str) -> bool:
+    """The same of another rank's error, of which only the text has come."""
+    # A fault's remedies may name HCCL's settings.
+    is_fault = re.search(r"\.(DeviceFault|OutOfMemory): ", last_error) is not None
+    return not is_fault and _LOST_PEER.search(last_error) is not None
 
 
 class Supervisor:
@@ -236,7 +246,7 @@ class Supervisor:
             how=how,
             exit_code=TERMINATED if terminated else exit_code or 1,
             traceback="" if killed or terminated else text or child.tail(),
-            consequence=not killed and not terminated and _LOST_PEER.search(_last_error(text)) is not None,
+            consequence=not killed and not terminated and _reads_like_lost_peer(_last_error(text)),
             terminated=terminated,
         )
 

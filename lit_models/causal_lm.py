@@ -8,7 +8,9 @@ with another strategy, `build_device: cpu` builds a whole model with random weig
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_npu_tp import weights_from
 from lightning_npu_tp.errors import ConfigError
 from lit_models.metrics import TokenLoss, TokenPerplexity
 from lit_models.optim import NO_WEIGHT_DECAY, weight_decay_groups
@@ -32,6 +35,10 @@ class LitCausalLM(LightningModule):
 
     architecture:    a supported transformers model type, e.g. "deepseek_v2".
     config:          values of that model's transformers config.
+    path:            Hugging Face folder with weights to start from; its config.json then stands for `architecture` and
+                     `config`. Code that lies in it is never run.
+    config_overrides: values that win over the folder's config.json or `config`, such as aux_loss_alpha; a changed
+                     size no longer fits the weights.
     optimizer:       called with parameter groups, e.g. a partial torch.optim.AdamW; None for a module
                      that only validates or predicts.
     scheduler:       called with the optimizer, returns a scheduler stepped after each optimizer step;
@@ -49,8 +56,10 @@ class LitCausalLM(LightningModule):
     def __init__(
         self,
         *,
-        architecture: str,
-        config: Mapping[str, Any],
+        architecture: str | None = None,
+        config: Mapping[str, Any] | None = None,
+        path: str | None = None,
+        config_overrides: Mapping[str, Any] | None = None,
         optimizer: Callable[..., Optimizer] | None = None,
         scheduler: Callable[..., Any] | None = None,
         aux_loss_weight: float = 1.0,
@@ -59,9 +68,20 @@ class LitCausalLM(LightningModule):
     ) -> None:
         super().__init__()
         # Plain containers: a config library's own ones in a checkpoint's hyperparameters cannot be loaded safely.
-        config, no_weight_decay = _plain(config), _plain(no_weight_decay)
-        self.save_hyperparameters("architecture", "config", "aux_loss_weight", "no_weight_decay", "build_device")
+        no_weight_decay = _plain(no_weight_decay)
+        if path is not None:
+            architecture, config = read_folder_config(path)
+        if architecture is None or config is None:
+            raise ConfigError(
+                "The model is not said: set model.path to a Hugging Face folder, or both model.architecture and "
+                "model.config."
+            )
+        config = _plain(config) | _plain(config_overrides or {})
+        # With what the folder and the changes came to, a checkpoint can be loaded without them.
+        self.save_hyperparameters("aux_loss_weight", "no_weight_decay", "build_device")
+        self.save_hyperparameters({"architecture": architecture, "config": config})
         self.model_config = _model_config(architecture, dict(config))
+        self._path = path
         self.aux_loss_weight = aux_loss_weight
         self.no_weight_decay = no_weight_decay
         self._build_device = build_device
@@ -78,8 +98,13 @@ class LitCausalLM(LightningModule):
             return
         from transformers import AutoModelForCausalLM
 
+        if self._path is not None and self._build_device != "meta":
+            self.model = AutoModelForCausalLM.from_pretrained(self._path, config=self.model_config)
+            return
         with torch.device(self._build_device):
             self.model = AutoModelForCausalLM.from_config(self.model_config)
+        if self._path is not None:
+            weights_from(self.model, self._path)
 
     # --- training ------------------------------------------------------------------------------
 
@@ -191,6 +216,29 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Sequence) and not isinstance(value, str):
         return [_plain(item) for item in value]
     return value
+
+
+def read_folder_config(path: str) -> tuple[str, dict[str, Any]]:
+    """model_type and the other values of a folder's config.json. Raises ConfigError for one that is no config."""
+    file = Path(path) / "config.json"
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        architecture = values.pop("model_type")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"model.path={path} is no Hugging Face folder: {file} "
+            f"{'does not exist' if isinstance(error, FileNotFoundError) else f'cannot be used ({error!r})'}. Give the "
+            f"folder with config.json and the safetensors files; `lightning-npu-tp download` fetches one."
+        ) from error
+    if (quantised := values.get("quantization_config")) is not None:
+        raise ConfigError(
+            f"model.path={path} holds quantised weights ({quantised.get('quant_method', 'of an unknown kind')}), which "
+            f"cannot be trained. Take the unquantised model, or convert it to bfloat16 first."
+        )
+    # Of the code that came with the folder: ours is used.
+    for key in ("auto_map", "architectures", "transformers_version", "torch_dtype", "dtype"):
+        values.pop(key, None)
+    return architecture, values
 
 
 def _model_config(architecture: str, values: dict[str, Any]) -> Any:

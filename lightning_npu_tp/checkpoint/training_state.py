@@ -1,24 +1,19 @@
-"""Save and load a trainer's state: torch's distributed checkpoint for tensors, one file for the rest.
+"""A trainer's state as a checkpoint holds it: tensors by name in shards, one file for the rest, one for each rank.
 
-Sharded: a folder in which every rank writes its shards (DCP) and rank 0 the remaining state, in
-Lightning's layout, so that Lightning's consolidation script reads it. Full: one file that rank 0
-writes with everything gathered. Both load into any layout, since DCP and the full tensors are cut
-anew by whoever loads. Nothing is unpickled that torch's weights-only loader refuses.
+Sharded: a folder in Lightning's layout, so that Lightning's consolidation script reads it. Full: one file that rank 0
+writes with everything gathered. Both load into any layout, since DCP and the full tensors are cut anew by whoever
+loads. How files get to disk whole is writer.py's, how they are read safely reader.py's.
 """
 
 from __future__ import annotations
 
-import pickle
-import re
-import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -26,19 +21,19 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves, tree_map
 
+from lightning_npu_tp.checkpoint import reader, writer
+from lightning_npu_tp.checkpoint.manifest import Manifest
+from lightning_npu_tp.checkpoint.peers import Peers
 from lightning_npu_tp.errors import CheckpointError
 
-REST_FILE = "meta.pt"
-_DCP_FILE = ".metadata"
 # The name that Lightning's consolidation script looks for.
 _MODEL_KEY = "model"
-
-
-def is_sharded(path: Path) -> bool:
-    """Whether `path` is a sharded checkpoint folder."""
-    return path.is_dir() and (path / REST_FILE).is_file()
+# What "weights only" starts anew.
+_PROGRESS = ("loops", "callbacks", "optimizer_states")
 
 
 def plain(value: Any) -> Any:
@@ -67,108 +62,125 @@ def optimizer_state(model: nn.Module, optimizer: Optimizer, *, full: bool) -> di
     return get_optimizer_state_dict(model, optimizer, options=options)
 
 
-def save_sharded(checkpoint: dict[str, Any], path: Path, *, is_main: bool) -> None:
-    """Write a checkpoint as Lightning hands it over; every rank calls it."""
+def split(checkpoint: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A checkpoint as Lightning hands it over, as (tensors by DCP's names, the rest)."""
     rest = dict(checkpoint)
     tensors = {_MODEL_KEY: rest.pop("state_dict")}
     for index, state in enumerate(rest.pop("optimizer_states", [])):
         tensors[f"optimizer_{index}"] = state
-    if path.is_file():
-        raise CheckpointError(
-            f"The checkpoint folder {path} cannot be made: a file of that name exists. Choose another name, or move "
-            f"the file away."
-        )
-    if is_main and is_sharded(path):
-        # Shards of another layout would stay beside the new ones.
-        shutil.rmtree(path)
-    path.mkdir(parents=True, exist_ok=True)
-    dcp.save(tensors, checkpoint_id=path)
-    if is_main:
-        torch.save(plain(rest), path / REST_FILE)
+    return tensors, plain(rest)
 
 
-def save_full(checkpoint: dict[str, Any], path: Path) -> None:
-    """Write everything into one file; rank 0 calls it with gathered states."""
-    if path.is_dir():
-        raise CheckpointError(
-            f"The checkpoint file {path} cannot be written: it is a folder. Choose another name, or remove the folder."
-        )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(plain(checkpoint), path)
+def detached(state: Any, model: nn.Module, optimizers: Iterable[Optimizer]) -> Any:
+    """`state` with copies of the tensors that share memory with the model or the optimizers.
+
+    A state dict "offloaded to the CPU" is the live memory where that is on the CPU already.
+    """
+    live = [*model.parameters(), *model.buffers(), *tree_leaves([optimizer.state for optimizer in optimizers])]
+    places = {_place(tensor) for tensor in live if isinstance(tensor, Tensor)}
+
+    def copy(leaf: Any) -> Any:
+        return leaf.detach().clone() if isinstance(leaf, Tensor) and _place(leaf) in places else leaf
+
+    return tree_map(copy, state)
+
+
+def _place(tensor: Tensor) -> tuple[str, int]:
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return str(local.device), local.untyped_storage().data_ptr()
+
+
+def save_sharded(checkpoint: dict[str, Any], path: Path, *, is_main: bool) -> None:
+    """Write a checkpoint folder without a trainer; every rank of the default group calls it."""
+    tensors, rest = split(checkpoint)
+    contents = {"weights": True, "optimizers": len(tensors) - 1, "ranks": Peers().world}
+    manifest = Manifest(world=Peers().world, contents=contents)
+    content = writer.serialized(rest) if is_main else b""
+    writer.save_folder(tensors, content, writer.serialized({}), path, manifest, Peers())
 
 
 def load(
-    path: Path, model: nn.Module, optimizers: Sequence[Optimizer], *, strict: bool, weights_only: bool | None
+    path: Path,
+    model: nn.Module,
+    optimizers: Sequence[Optimizer],
+    *,
+    strict: bool,
+    weights_only: bool | None,
+    peers: Peers | None = None,
+    checksums: bool = True,
 ) -> dict[str, Any]:
     """Load either kind into the model and the optimizers, in place; every rank calls it.
 
-    Returns the remaining state. Raises CheckpointError for a path that is neither, for parameters
-    that are missing or of another shape, and for content that the weights-only loader refuses.
+    Returns the remaining state. Raises CheckpointError for a path that is neither, for a damaged or incomplete
+    checkpoint, for parameters that are missing or of another shape, and for content that could run code.
     """
-    if is_sharded(path):
-        return _load_sharded(path, model, optimizers, strict=strict, weights_only=weights_only)
+    peers = peers or Peers()
+    path, _ = reader.open_checkpoint(path, peers, checksums=checksums)
+    state = reader.read_object(path, weights_only) if path.is_file() else reader.read_rest(path, weights_only)
+    load_tensors(path, state, model, optimizers, strict=strict, peers=peers)
+    return state
+
+
+def load_tensors(
+    path: Path,
+    state: dict[str, Any],
+    model: nn.Module,
+    optimizers: Sequence[Optimizer],
+    *,
+    strict: bool,
+    peers: Peers,
+) -> None:
+    """Load the weights, and the states of `optimizers`, from an opened checkpoint.
+
+    state: what the checkpoint's one file, or meta.pt, holds; tensors are taken out of it.
+    """
     if path.is_file():
-        return _load_full(path, model, optimizers, strict=strict, weights_only=weights_only)
-    if path.is_dir() and (path / _DCP_FILE).is_file():
-        raise CheckpointError(
-            f"The checkpoint {path} is incomplete: it has shards but no {REST_FILE}, which is written last. The run "
-            f"that wrote it died while saving; take an earlier checkpoint."
-        )
-    raise CheckpointError(f"{path} is no checkpoint: neither a folder with {REST_FILE} nor a file.")
+        _load_full(path, state, model, optimizers, strict=strict)
+    else:
+        _load_sharded(path, model, optimizers, strict=strict, peers=peers)
 
 
-def _read(path: Path, weights_only: bool | None) -> dict[str, Any]:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True if weights_only is None else weights_only)
-    except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        what = f" ({found[1]})" if found else ""
-        raise CheckpointError(
-            f"{path} holds Python objects that are not plain data{what}; loading them could run code. Store "
-            f"plain containers in the hyper-parameters; for a file that you trust, set "
-            f"strategy.checkpoint_weights_only=false."
-        ) from error
+def without_progress(state: dict[str, Any], datamodule: object | None) -> dict[str, Any]:
+    """What Lightning is to restore when only the weights of a checkpoint are wanted."""
+    dropped = (*_PROGRESS, type(datamodule).__qualname__)
+    # Lightning insists on the key.
+    return {name: value for name, value in state.items() if name not in dropped} | {"lr_schedulers": []}
 
 
-def _load_sharded(
-    path: Path, model: nn.Module, optimizers: Sequence[Optimizer], *, strict: bool, weights_only: bool | None
-) -> dict[str, Any]:
-    rest = _read(path / REST_FILE, weights_only)
+def _load_sharded(path: Path, model: nn.Module, optimizers: Sequence[Optimizer], *, strict: bool, peers: Peers) -> None:
+    metadata = reader.read_index(path)
     state = get_model_state_dict(model)
-    stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    stored = metadata.state_dict_metadata
     _check_names(path, state, {name.removeprefix(f"{_MODEL_KEY}."): meta for name, meta in stored.items()}, strict)
+    for index, _ in enumerate(optimizers):
+        if not any(name.startswith(f"optimizer_{index}.") for name in stored):
+            raise CheckpointError(f"The checkpoint {path} holds no state of optimizer {index}. {_WEIGHTS_ONLY}")
     if not strict:
         state = {name: value for name, value in state.items() if f"{_MODEL_KEY}.{name}" in stored}
-    dcp.load({_MODEL_KEY: state}, checkpoint_id=path)
+    reader.load_tensors({_MODEL_KEY: state}, path, metadata, peers)
     set_model_state_dict(model, state, options=StateDictOptions(strict=strict))
     for index, optimizer in enumerate(optimizers):
-        if not any(name.startswith(f"optimizer_{index}.") for name in stored):
-            raise CheckpointError(
-                f"The checkpoint {path} holds no state of optimizer {index}; it was saved with weights only. Start "
-                f"from its weights with a new optimizer instead of resuming."
-            )
         values = get_optimizer_state_dict(model, optimizer)
-        dcp.load({f"optimizer_{index}": values}, checkpoint_id=path)
+        reader.load_tensors({f"optimizer_{index}": values}, path, metadata, peers)
         set_optimizer_state_dict(model, optimizer, values)
-    return rest
+
+
+_WEIGHTS_ONLY = (
+    "Set strategy.resume_weights_only=true to start anew from its weights: new optimizers, schedulers and step count."
+)
 
 
 def _load_full(
-    path: Path, model: nn.Module, optimizers: Sequence[Optimizer], *, strict: bool, weights_only: bool | None
-) -> dict[str, Any]:
-    checkpoint = _read(path, weights_only)
+    path: Path, checkpoint: dict[str, Any], model: nn.Module, optimizers: Sequence[Optimizer], *, strict: bool
+) -> None:
     if "state_dict" not in checkpoint:
         raise CheckpointError(f"{path} is no training checkpoint: it has no 'state_dict'.")
     weights = checkpoint.pop("state_dict")
     _check_names(path, model.state_dict(), weights, strict)
-    options = StateDictOptions(full_state_dict=True, strict=strict)
-    set_model_state_dict(model, weights, options=options)
     states = checkpoint.get("optimizer_states", [])
     if len(states) < len(optimizers):
-        raise CheckpointError(
-            f"The checkpoint {path} holds the state of {len(states)} optimizers, but the module has {len(optimizers)}; "
-            f"start from its weights with new optimizers instead of resuming."
-        )
+        raise CheckpointError(f"The checkpoint {path} holds no state of optimizer {len(states)}. {_WEIGHTS_ONLY}")
+    set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, strict=strict))
     for optimizer, state in zip(optimizers, states, strict=False):
         if state["state"]:
             set_optimizer_state_dict(model, optimizer, state, options=StateDictOptions(full_state_dict=True))
@@ -176,7 +188,6 @@ def _load_full(
         # torch looks for a tensor to learn the device from; a stateless optimizer has settings only.
         for group, stored in zip(optimizer.param_groups, state["param_groups"], strict=True):
             group.update({name: value for name, value in stored.items() if name != "params"})
-    return checkpoint
 
 
 def _check_names(path: Path, wanted: dict[str, Any], stored: dict[str, Any], strict: bool) -> None:

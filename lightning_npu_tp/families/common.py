@@ -157,13 +157,17 @@ def frame_swaps(prefix: str, attention: Constructor) -> dict[str, Constructor]:
         "Linear": lambda source, context: VocabHead(source, context.region),
         f"{prefix}RotaryEmbedding": lambda source, context: RotaryTables(source),
         f"{prefix}Attention": attention,
-        f"{prefix}RMSNorm": lambda source, context: RMSNorm(source.weight, source.variance_epsilon, context.region),
+        f"{prefix}RMSNorm": _norm,
     }
+
+
+def _norm(source: Any, context: BuildContext) -> nn.Module:
+    return RMSNorm(source.weight, source.variance_epsilon, context.region, context.kernels)
 
 
 def latent_attention(source: Any, context: BuildContext) -> nn.Module:
     """Multi-head latent attention."""
-    return MLAttention(source, context.region)
+    return MLAttention(source, context.region, context.kernels)
 
 
 def dense_mlp(source: Any, context: BuildContext) -> nn.Module:

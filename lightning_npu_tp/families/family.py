@@ -39,7 +39,9 @@ class BuildContext:
 
     def dispatcher(self) -> Replicated | AllToAll:
         """How tokens reach the experts, for a mixture-of-experts block."""
-        return (AllToAll if self.dispatch == "all_to_all" else Replicated)(self.region.groups.expert)
+        if self.dispatch == "all_to_all":
+            return AllToAll(self.region.groups.expert, self.kernels.permute)
+        return Replicated(self.region.groups.expert)
 
 
 # Any: which transformers module comes in, each constructor knows.

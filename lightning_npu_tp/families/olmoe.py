@@ -50,7 +50,9 @@ def check(config: Any) -> None:
 
 
 def _attention(source: Any, context: BuildContext) -> nn.Module:
-    return GroupedQueryAttention(source, context.region, norm=AllHeadsNorm, clip=context.config.clip_qkv)
+    return GroupedQueryAttention(
+        source, context.region, context.kernels, norm=AllHeadsNorm, clip=context.config.clip_qkv
+    )
 
 
 def _moe(source: Any, context: BuildContext) -> nn.Module:

@@ -29,7 +29,7 @@ def expected(config: Any) -> Mapping[str, int]:
 
 
 def _attention(source: Any, context: BuildContext) -> nn.Module:
-    return GroupedQueryAttention(source, context.region)
+    return GroupedQueryAttention(source, context.region, context.kernels)
 
 
 QWEN2 = ModelFamily(

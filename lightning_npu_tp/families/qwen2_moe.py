@@ -91,7 +91,7 @@ def check(config: Any) -> None:
 
 
 def _attention(source: Any, context: BuildContext) -> nn.Module:
-    return GroupedQueryAttention(source, context.region)
+    return GroupedQueryAttention(source, context.region, context.kernels)
 
 
 def _moe(source: Any, context: BuildContext) -> nn.Module:

@@ -35,7 +35,7 @@ def expected(config: Any) -> Mapping[str, int]:
 
 
 def _attention(source: Any, context: BuildContext) -> nn.Module:
-    return GroupedQueryAttention(source, context.region, norm=HeadNorm)
+    return GroupedQueryAttention(source, context.region, context.kernels, norm=HeadNorm)
 
 
 QWEN3 = ModelFamily(

@@ -52,7 +52,7 @@ def check(config: Any) -> None:
 
 
 def _attention(source: Any, context: BuildContext) -> nn.Module:
-    return GroupedQueryAttention(source, context.region, norm=HeadNorm)
+    return GroupedQueryAttention(source, context.region, context.kernels, norm=HeadNorm)
 
 
 def _moe(source: Any, context: BuildContext) -> nn.Module:

@@ -10,7 +10,9 @@ Axes: T tokens, K picks per token, N = T*K picks, R rows, D hidden, E this rank'
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -23,22 +25,50 @@ from lightning_npu_tp.kernels.grouped import RowGroups
 class PickRows:
     """Which pick each row holds, and the way back.
 
-    order_R:     int64 [R], pick number t*K + k of each row, sorted by local expert; rows past the last
-                 local one hold picks of other ranks' experts.
-    position_TK: int64 [T, K], row of each pick; any valid row where `is_local_TK` is false.
-    is_local_TK: bool [T, K], whether the pick's expert is on this rank.
-    groups:      rows per local expert.
+    key_TK:   int64 [T, K], local expert of each pick; the number of local experts for other ranks' picks.
+    num_rows: R.
+    groups:   rows per local expert.
+
+    The rest follows from them when somebody asks: a device whose kernel sorts by itself need not sort twice.
     """
 
-    order_R: Tensor
-    position_TK: Tensor
-    is_local_TK: Tensor
+    key_TK: Tensor
+    num_rows: int
     groups: RowGroups
+
+    @cached_property
+    def _order_N(self) -> Tensor:
+        return torch.argsort(self.key_TK.reshape(-1), stable=True)
+
+    @cached_property
+    def order_R(self) -> Tensor:
+        """int64 [R], pick number t*K + k of each row; rows past the last local one hold other ranks' picks."""
+        return self._order_N[: self.num_rows]
+
+    @cached_property
+    def sorted_N(self) -> Tensor:
+        """int64 or int32 [N], place of each pick in the order by local expert, others' last; may be past R."""
+        order_N = self._order_N
+        return torch.empty_like(order_N).scatter_(0, order_N, torch.arange(len(order_N), device=order_N.device))
+
+    @cached_property
+    def position_TK(self) -> Tensor:
+        """int64 [T, K], row of each pick; any valid row where `is_local_TK` is false."""
+        return torch.where(self.is_local_TK, self.sorted_N.view_as(self.key_TK), 0)
+
+    @cached_property
+    def is_local_TK(self) -> Tensor:
+        """Bool [T, K], whether the pick's expert is on this rank."""
+        return self.key_TK < len(self.groups.counts_E)
 
     @property
     def token_R(self) -> Tensor:
         """int64 [R], the token of each row."""
-        return self.order_R // self.position_TK.shape[1]
+        return self.order_R // self.key_TK.shape[1]
+
+    def learn(self, sorted_N: Tensor) -> None:
+        """Take over what a kernel has sorted."""
+        self.__dict__["sorted_N"] = sorted_N
 
 
 def sort_picks(experts_TK: Tensor, *, first: int, num_local: int) -> PickRows:
@@ -49,19 +79,13 @@ def sort_picks(experts_TK: Tensor, *, first: int, num_local: int) -> PickRows:
     R = T * min(K, num_local): no rank can get more.
     """
     num_tokens, num_picks = experts_TK.shape
-    local_N = experts_TK.reshape(-1) - first
-    is_local_N = (local_N >= 0) & (local_N < num_local)
-    key_N = torch.where(is_local_N, local_N, num_local)
-    order_N = torch.argsort(key_N, stable=True)
-    position_N = torch.empty_like(order_N).scatter_(0, order_N, torch.arange(len(order_N), device=order_N.device))
+    local_TK = experts_TK - first
+    key_TK = torch.where((local_TK >= 0) & (local_TK < num_local), local_TK, num_local)
+    key_N = key_TK.reshape(-1)
     counts = torch.zeros(num_local + 1, dtype=torch.int64, device=key_N.device)
     counts.scatter_add_(0, key_N, torch.ones_like(key_N))
-    num_rows = num_tokens * min(num_picks, num_local)
     return PickRows(
-        order_R=order_N[:num_rows],
-        position_TK=torch.where(is_local_N, position_N, 0).view(num_tokens, num_picks),
-        is_local_TK=is_local_N.view(num_tokens, num_picks),
-        groups=RowGroups.of(counts[:num_local]),
+        key_TK=key_TK, num_rows=num_tokens * min(num_picks, num_local), groups=RowGroups.of(counts[:num_local])
     )
 
 
@@ -132,3 +156,14 @@ def rows_to_tokens(y_RD: Tensor, weights_TK: Tensor, rows: PickRows) -> Tensor:
     Gradient: of rows and of weights; zero for the weights of other ranks' picks.
     """
     return _RowsToTokens.apply(y_RD, weights_TK, rows.order_R, rows.position_TK, rows.is_local_TK)
+
+
+@dataclass(frozen=True)
+class RowMoves:
+    """The two movements, as a device does them: see the functions of the same names."""
+
+    tokens_to_rows: Callable[[Tensor, PickRows], Tensor]
+    rows_to_tokens: Callable[[Tensor, Tensor, PickRows], Tensor]
+
+
+MOVES = RowMoves(tokens_to_rows, rows_to_tokens)

@@ -13,13 +13,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_npu_tp.collectives import group_size
-from lightning_npu_tp.layers.attention import attend
+from lightning_npu_tp.kernels import REFERENCE, Kernels
 from lightning_npu_tp.layers.linear import ShardedLinear
-from lightning_npu_tp.layers.rotary import rotate_halves
 from lightning_npu_tp.region import Region, local
 
 
@@ -29,28 +27,27 @@ class HeadNorm(nn.Module):
     weight: [E], replicated; every rank applies it to its own heads.
     """
 
-    def __init__(self, source: Any, region: Region) -> None:
+    def __init__(self, source: Any, region: Region, kernels: Kernels = REFERENCE) -> None:
         super().__init__()
         self.weight = source.weight
         self.eps = source.variance_epsilon
         self.region = region
+        self.kernels = kernels
 
     def forward(self, x: Tensor) -> Tensor:
         """x: local [B, S, H * E], inside of the region; returns the same shape."""
         weight_E = self.region.weight_inside(self)
         x_BSHE = x.unflatten(-1, (-1, weight_E.shape[0]))
-        wide = torch.promote_types(x.dtype, torch.float32)
-        normed = F.rms_norm(x_BSHE.to(wide), weight_E.shape, eps=self.eps)
-        return (weight_E * normed.to(x.dtype)).flatten(-2)
+        return self.kernels.rms_norm(x_BSHE, weight_E, self.eps).flatten(-2)
 
 
 class AllHeadsNorm(nn.Module):
     """RMS norm over all heads together, those of the other ranks included (OLMoE).
 
-    weight: global [H * E], local [H * E / t], split as the heads are.
+    weight: global [H * E], local [H * E / t], split as the heads are. No kernel sums over ranks: plain PyTorch.
     """
 
-    def __init__(self, source: Any, region: Region) -> None:
+    def __init__(self, source: Any, region: Region, kernels: Kernels = REFERENCE) -> None:
         super().__init__()
         self.weight = source.weight
         self.eps = source.variance_epsilon
@@ -80,8 +77,9 @@ class GroupedQueryAttention(nn.Module):
         self,
         source: Any,
         region: Region,
+        kernels: Kernels = REFERENCE,
         *,
-        norm: Callable[[Any, Region], nn.Module] | None = None,
+        norm: Callable[[Any, Region, Kernels], nn.Module] | None = None,
         clip: float | None = None,
     ) -> None:
         super().__init__()
@@ -90,13 +88,14 @@ class GroupedQueryAttention(nn.Module):
         self.scaling = source.scaling
         self.dropout = source.attention_dropout
         self.clip = clip
+        self.kernels = kernels
         self.region = region
         self.q_proj = ShardedLinear(source.q_proj)
         self.k_proj = ShardedLinear(source.k_proj)
         self.v_proj = ShardedLinear(source.v_proj)
         self.o_proj = ShardedLinear(source.o_proj, skip_bias=True)
-        self.q_norm = None if norm is None else norm(source.q_norm, region)
-        self.k_norm = None if norm is None else norm(source.k_norm, region)
+        self.q_norm = None if norm is None else norm(source.q_norm, region, kernels)
+        self.k_norm = None if norm is None else norm(source.k_norm, region, kernels)
 
     def _heads(self, entered_BSD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """This rank's queries [B, S, H, E], keys and values [B, S, K, E], before rotation."""
@@ -124,15 +123,11 @@ class GroupedQueryAttention(nn.Module):
         cos, sin = position_embeddings
         entered_BSD = self.region.enter(hidden_states, of=(self.q_proj, self.k_proj, self.v_proj))
         q_BSHE, k_BSKE, v_BSKE = self._heads(entered_BSD)
-        q_BHSE = rotate_halves(q_BSHE, cos, sin).transpose(1, 2)
-        k_BKLE = rotate_halves(k_BSKE, cos, sin).transpose(1, 2)
+        q_BHSE, k_BKLE = (self.kernels.rotate(x, cos, sin, interleaved=False).transpose(1, 2) for x in (q_BSHE, k_BSKE))
         v_BKLE = v_BSKE.transpose(1, 2)
         if past_key_values is not None:
             k_BKLE, v_BKLE = past_key_values.update(k_BKLE, v_BKLE, self.layer_idx)
-        queries_per_key = q_BHSE.shape[1] // k_BKLE.shape[1]
-        if queries_per_key > 1:
-            k_BKLE, v_BKLE = (x.repeat_interleave(queries_per_key, dim=1) for x in (k_BKLE, v_BKLE))
-        out_BHSE = attend(
+        out_BHSE = self.kernels.attend(
             q_BHSE,
             k_BKLE,
             v_BKLE,

@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_npu_tp.collectives import group_size
+from lightning_npu_tp.kernels import REFERENCE, Kernels
 from lightning_npu_tp.region import Region, local
 
 
@@ -79,18 +79,19 @@ class RMSNorm(nn.Module):
     region: of the model, where slices of the sequence may come in; None where they never do.
     """
 
-    def __init__(self, weight: nn.Parameter, eps: float, region: Region | None = None) -> None:
+    def __init__(
+        self, weight: nn.Parameter, eps: float, region: Region | None = None, kernels: Kernels = REFERENCE
+    ) -> None:
         super().__init__()
         self.weight = weight
         self.eps = eps
         self.region = region
+        self.kernels = kernels
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., D]; returns the same shape in the dtype that weight * x has."""
         weight = local(self.weight) if self.region is None else self.region.weight(self)
-        wide = torch.promote_types(x.dtype, torch.float32)
-        normed = F.rms_norm(x.to(wide), (x.shape[-1],), eps=self.eps)
-        return weight * normed.to(x.dtype)
+        return self.kernels.rms_norm(x, weight, self.eps)
 
     def extra_repr(self) -> str:
         """Shown by print(model)."""

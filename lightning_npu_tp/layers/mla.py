@@ -8,15 +8,19 @@ Source: arXiv:2405.04434, section 2.1.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_npu_tp.layers.attention import attend
+from lightning_npu_tp.kernels import REFERENCE, Kernels
 from lightning_npu_tp.layers.linear import RMSNorm, ShardedLinear
-from lightning_npu_tp.layers.rotary import rotate_halves, rotate_interleaved
 from lightning_npu_tp.region import Region
+
+
+def _norm(source: Any, region: Region, kernels: Kernels) -> RMSNorm:
+    return RMSNorm(source.weight, source.variance_epsilon, region, kernels)
 
 
 class MLAttention(nn.Module):
@@ -25,7 +29,7 @@ class MLAttention(nn.Module):
     Axes: B batch, S query length, L key length, H local heads, N nope dim, R rope dim, V value dim.
     """
 
-    def __init__(self, source: Any, region: Region) -> None:
+    def __init__(self, source: Any, region: Region, kernels: Kernels = REFERENCE) -> None:
         super().__init__()
         config = source.config
         self.layer_idx = source.layer_idx
@@ -37,16 +41,17 @@ class MLAttention(nn.Module):
         self.scaling = source.scaling
         self.dropout = config.attention_dropout
         # DeepSeek-V3's config may say that the pairs lie as in Llama; V2 has no such setting.
-        self.rotate = rotate_interleaved if getattr(config, "rope_interleave", True) else rotate_halves
+        self.rotate = partial(kernels.rotate, interleaved=getattr(config, "rope_interleave", True))
+        self.kernels = kernels
         self.region = region
         if self.q_lora_rank is None:
             self.q_proj = ShardedLinear(source.q_proj)
         else:
             self.q_a_proj = ShardedLinear(source.q_a_proj, region=region)
-            self.q_a_layernorm = RMSNorm(source.q_a_layernorm.weight, source.q_a_layernorm.variance_epsilon, region)
+            self.q_a_layernorm = _norm(source.q_a_layernorm, region, kernels)
             self.q_b_proj = ShardedLinear(source.q_b_proj)
         self.kv_a_proj_with_mqa = ShardedLinear(source.kv_a_proj_with_mqa, region=region)
-        self.kv_a_layernorm = RMSNorm(source.kv_a_layernorm.weight, source.kv_a_layernorm.variance_epsilon, region)
+        self.kv_a_layernorm = _norm(source.kv_a_layernorm, region, kernels)
         self.kv_b_proj = ShardedLinear(source.kv_b_proj)
         self.o_proj = ShardedLinear(source.o_proj, skip_bias=True)
 
@@ -93,7 +98,7 @@ class MLAttention(nn.Module):
         k_nope, v_BLHV = kv_BLHE.split([self.nope_dim, self.value_dim], dim=-1)
         k_BLHE = torch.cat((k_nope, k_rope.expand(-1, -1, k_nope.shape[2], -1)), dim=-1)
 
-        out_BHSV = attend(
+        out_BHSV = self.kernels.attend(
             q_BSHE.transpose(1, 2),
             k_BLHE.transpose(1, 2),
             v_BLHV.transpose(1, 2),

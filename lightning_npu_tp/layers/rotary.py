@@ -1,6 +1,6 @@
-"""Rotary position embedding with cosines and sines instead of complex numbers.
+"""Rotary position embedding with cosines and sines instead of complex numbers: the tables.
 
-Two layouts of the pairs that are rotated: neighbours (DeepSeek) or element i of both halves (Llama and kin).
+The kernels (kernels/plain.py) rotate by them.
 
 Ascend has no complex kernels, and a complex buffer costs a copy everywhere else. The frequencies
 (default, linear, YaRN, llama3 scaling) come from transformers' own functions, so that both agree to the last bit.
@@ -74,23 +74,3 @@ def _frequencies(source: Any) -> tuple[list[float], float]:
     if not buffer.is_meta and buffer.dtype in (torch.float32, torch.float64):
         frequencies = buffer
     return frequencies.detach().cpu().double().tolist(), float(scaling)
-
-
-def rotate_interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (x0, x1), (x2, x3), … of the last dimension.
-
-    x: [B, S, H, R]. cos, sin: [B, S, R/2]. Returns [B, S, H, R] in x's dtype, rotated in cos's.
-    """
-    even, odd = x.to(cos.dtype).unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = cos[..., None, :], sin[..., None, :]
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)
-
-
-def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (x0, x[R/2]), (x1, x[R/2 + 1]), … of the last dimension.
-
-    x: [B, S, H, R]. cos, sin: [B, S, R/2]. Returns [B, S, H, R] in x's dtype, rotated in cos's.
-    """
-    first, second = x.to(cos.dtype).chunk(2, dim=-1)
-    cos, sin = cos[..., None, :], sin[..., None, :]
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)

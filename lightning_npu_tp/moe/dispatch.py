@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_npu_tp.collectives import group_rank, group_size, start_exchange
-from lightning_npu_tp.kernels.rows import PickRows, rows_to_tokens, sort_picks, tokens_to_rows
+from lightning_npu_tp.kernels.rows import MOVES, PickRows, RowMoves, sort_picks
 from lightning_npu_tp.recompute import remembered
 
 GroupProvider = Callable[[], dist.ProcessGroup | None]
@@ -74,12 +74,14 @@ class AllToAll:
     """Each rank of the group has tokens of its own; rows travel to the experts and back.
 
     group: looked up at each call. Numbers of tokens may differ between ranks, zero included.
+    moves: how the device sorts tokens into rows and sums rows back.
     """
 
     name = "all_to_all"
 
-    def __init__(self, group: GroupProvider = one_process) -> None:
+    def __init__(self, group: GroupProvider = one_process, moves: RowMoves = MOVES) -> None:
         self.group = group
+        self.moves = moves
 
     def __call__(
         self, x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, experts: Experts, meanwhile: Meanwhile = nothing
@@ -93,7 +95,7 @@ class AllToAll:
         picks = sort_picks(experts_TK, first=0, num_local=group_size(group) * num_local)
         sent_PE = picks.groups.counts_E.view(group_size(group), num_local)
         received_PE, send_rows, recv_rows = remembered(lambda: _exchange_counts(sent_PE, group))
-        sent_ND = tokens_to_rows(x_TD, picks)
+        sent_ND = self.moves.tokens_to_rows(x_TD, picks)
         arriving = start_exchange(sent_ND, send_rows, recv_rows, group)
         aside = meanwhile()
         x_MD = arriving.wait()
@@ -103,7 +105,7 @@ class AllToAll:
         arrived = sort_picks(expert_M[:, None], first=0, num_local=num_local)
         y_MD = experts(x_MD, weights_TK.new_ones(len(x_MD), 1), arrived)
         y_ND = start_exchange(y_MD, recv_rows, send_rows, group).wait()
-        return rows_to_tokens(y_ND, weights_TK, picks).to(x_TD.dtype), aside
+        return self.moves.rows_to_tokens(y_ND, weights_TK, picks).to(x_TD.dtype), aside
 
 
 def _exchange_counts(sent_PE: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, list[int], list[int]]:

@@ -18,7 +18,7 @@ from transformers.activations import ACT2FN
 from lightning_npu_tp.errors import ConfigError
 from lightning_npu_tp.kernels import Kernels
 from lightning_npu_tp.kernels.grouped import grouped_matmul
-from lightning_npu_tp.kernels.rows import PickRows, rows_to_tokens, tokens_to_rows
+from lightning_npu_tp.kernels.rows import PickRows
 from lightning_npu_tp.layers.linear import local
 
 
@@ -59,6 +59,7 @@ class RoutedExperts(nn.Module):
         self.act_fn = ACT2FN[hidden_act]
         self.kernels = kernels
         self._fused = kernels.expert_mlp if hidden_act == "silu" else None
+        self._swiglu = kernels.swiglu if hidden_act == "silu" else None
         self.reset_parameters()
 
     def reset_parameters(self, std: float = 0.02) -> None:
@@ -88,10 +89,16 @@ class RoutedExperts(nn.Module):
         self, x_TD: Tensor, weights_TK: Tensor, rows: PickRows, gate_up_E2FD: Tensor, down_EDF: Tensor
     ) -> Tensor:
         primitives, dtype = self.kernels.grouped, x_TD.dtype
-        x_RD = tokens_to_rows(x_TD, rows)
-        gate_RF, up_RF = grouped_matmul(x_RD, gate_up_E2FD.to(dtype), rows.groups, primitives).chunk(2, dim=-1)
-        y_RD = grouped_matmul(self.act_fn(gate_RF) * up_RF, down_EDF.to(dtype), rows.groups, primitives)
-        return rows_to_tokens(y_RD, weights_TK, rows)
+        x_RD = self.kernels.permute.tokens_to_rows(x_TD, rows)
+        hidden_RF = self._gated(grouped_matmul(x_RD, gate_up_E2FD.to(dtype), rows.groups, primitives))
+        y_RD = grouped_matmul(hidden_RF, down_EDF.to(dtype), rows.groups, primitives)
+        return self.kernels.permute.rows_to_tokens(y_RD, weights_TK, rows)
+
+    def _gated(self, gate_up_RG: Tensor) -> Tensor:
+        if self._swiglu is not None:
+            return self._swiglu(gate_up_RG)
+        gate_RF, up_RF = gate_up_RG.chunk(2, dim=-1)
+        return self.act_fn(gate_RF) * up_RF
 
     def extra_repr(self) -> str:
         """Shown by print(model)."""

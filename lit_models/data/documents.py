@@ -1,36 +1,53 @@
 """Where text comes from: the interpreter's standard library, or a user's .txt, .jsonl and .parquet files.
 
 Every source is an iterator of `Document`s in an order that depends on nothing but its arguments (no
-hash seed, no order of a directory listing), opens each file once, and counts what it leaves out.
+hash seed, no order of a directory listing), opens each file once, holds no more of it than a document or a
+part of one, and counts what it leaves out. `read_records` gives lines and rows that are more than a text.
 `split_point` gives each document its place between training and validation by name, so that adding
 a file moves no other document. Nothing here knows tokens.
 """
 
 from __future__ import annotations
 
+import codecs
 import glob
 import hashlib
 import json
 import os
 import sysconfig
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lightning_npu_tp.errors import DataError
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 _TEST_FOLDERS = frozenset({"test", "tests", "idle_test"})
+_PART = 2**22  # bytes of a .txt that is read in parts
 _INSTALLED_FOLDERS = frozenset({"site-packages", "dist-packages", "__pycache__"})
 
 
 @dataclass(frozen=True)
 class Document:
-    """One text; `name` is unique within its file and free of the machine's folders."""
+    """One text, or one part of it; `name` is unique within its file and free of the machine's folders.
+
+    ends: false for a part that others of the same name follow.
+    """
 
     name: str
     text: str
+    ends: bool = True
+
+
+@dataclass(frozen=True)
+class Record:
+    """One line or row: its name as a document's, the place that an error names, and what it holds."""
+
+    name: str
+    where: str
+    values: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -145,21 +162,31 @@ def _walk(root: Path) -> list[SourceFile]:
     return sorted(files, key=lambda file: file.name)
 
 
-def read_files(files: Iterable[SourceFile], *, text_key: str = "text") -> Iterator[Document]:
+def read_files(files: Iterable[SourceFile], *, text_key: str = "text", in_parts: bool = False) -> Iterator[Document]:
     """The documents of each file: a .txt is one, a .jsonl one a line, a .parquet one a row.
 
-    `text_key` is the key or column that holds the text; null there is a document without text.
+    text_key: the key or column that holds the text; null there is a document without text.
+    in_parts: a .txt comes in parts of 4 MiB, so that no file is held whole.
 
     Raises DataError with file and line, row or byte for whatever cannot be read.
     """
     for file in files:
-        suffix = file.path.suffix.lower()
-        if suffix == ".txt":
-            yield Document(name=file.name, text=_read_text(file.path))
-        elif suffix == ".jsonl":
-            yield from _read_jsonl(file, text_key)
-        else:
-            yield from _read_parquet(file, text_key)
+        if file.path.suffix.lower() == ".txt":
+            yield from _read_parts(file) if in_parts else [Document(name=file.name, text=_read_text(file.path))]
+            continue
+        for record in read_records(file, keys=(text_key,), setting="data.text_key"):
+            text = _checked_text(record.values[text_key], record.where, text_key)
+            yield Document(name=record.name, text=text)
+
+
+def read_records(file: SourceFile, *, keys: Sequence[str], setting: str) -> Iterator[Record]:
+    """The lines of a .jsonl as they are, the rows of a .parquet with the columns `keys`; all must have `keys`.
+
+    setting: which names the keys, for the error.
+    Raises DataError with file and line or row.
+    """
+    read = _read_jsonl if file.path.suffix.lower() == ".jsonl" else _read_parquet
+    return read(file, keys, setting)
 
 
 def _read_bytes(path: Path) -> bytes:
@@ -181,6 +208,33 @@ def _read_text(path: Path) -> str:
     return text.removeprefix("\ufeff")
 
 
+def _read_parts(file: SourceFile) -> Iterator[Document]:
+    """A UTF-8 file in parts, checked as `_read_text` checks it; the last part may be empty."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    offset = 0
+    try:
+        with file.path.open("rb") as stream:
+            while True:
+                data = stream.read(_PART)
+                zero = data.find(b"\0")
+                if zero >= 0:
+                    raise _not_text(str(file.path), byte=0, offset=offset + zero)
+                held = len(decoder.getstate()[0])
+                try:
+                    text = decoder.decode(data, final=not data)
+                except UnicodeDecodeError as error:
+                    at = offset - held + error.start
+                    raise _not_text(str(file.path), byte=error.object[error.start], offset=at) from error
+                yield Document(name=file.name, text=text if offset else text.removeprefix("\ufeff"), ends=not data)
+                offset += len(data)
+                if not data:
+                    return
+    except OSError as error:
+        raise DataError(
+            f"{str(file.path)!r} cannot be read: {error.strerror}. Check the file and its permissions."
+        ) from error
+
+
 def _decode(data: bytes, *, where: str, offset: int) -> str:
     """UTF-8 text of `data`, which begins at byte `offset` of its file."""
     try:
@@ -196,8 +250,8 @@ def _not_text(where: str, *, byte: int, offset: int) -> DataError:
     )
 
 
-def _read_jsonl(file: SourceFile, text_key: str) -> Iterator[Document]:
-    """One document a line; empty lines are passed over."""
+def _read_jsonl(file: SourceFile, keys: Sequence[str], setting: str) -> Iterator[Record]:
+    """One record a line; empty lines are passed over."""
     offset = 0
     try:
         # Binary, so that an error can name the byte, and so that only \n ends a line (JSON may hold U+2028).
@@ -207,31 +261,31 @@ def _read_jsonl(file: SourceFile, text_key: str) -> Iterator[Document]:
                 line = _decode(raw, where=where, offset=offset).removeprefix("\ufeff").strip()
                 offset += len(raw)
                 if line:
-                    yield Document(name=f"{file.name}:{number}", text=_text_of_line(line, where, text_key))
+                    yield Record(f"{file.name}:{number}", where, _object_of_line(line, where, keys, setting))
     except OSError as error:
         raise DataError(f"{str(file.path)!r} cannot be read: {error.strerror}.") from error
 
 
-def _text_of_line(line: str, where: str, text_key: str) -> str:
+def _object_of_line(line: str, where: str, keys: Sequence[str], setting: str) -> dict[str, Any]:
+    example = f'{{"{keys[0]}": ...}}'
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
         raise DataError(
-            f"{where} is not JSON: {error.msg} at column {error.colno}. Each line must be one object such as "
-            f'{{"{text_key}": "..."}}.'
+            f"{where} is not JSON: {error.msg} at column {error.colno}. Each line must be one object such as {example}."
         ) from error
     if not isinstance(record, dict):
-        raise DataError(f'{where} is not a JSON object. Each line must be one such as {{"{text_key}": "..."}}.')
-    if text_key not in record:
-        raise DataError(
-            f"{where} has no key {text_key!r}; its keys are {sorted(record)}. "
-            "Set data.text_key to the one with the text."
-        )
-    return _checked_text(record[text_key], where, text_key)
+        raise DataError(f"{where} is not a JSON object. Each line must be one such as {example}.")
+    for key in keys:
+        if key not in record:
+            raise DataError(
+                f"{where} has no key {key!r}; its keys are {sorted(record)}. Set {setting} to the one that holds it."
+            )
+    return record
 
 
-def _read_parquet(file: SourceFile, text_key: str) -> Iterator[Document]:
-    """One document a row, read batch by batch and no other column."""
+def _read_parquet(file: SourceFile, keys: Sequence[str], setting: str) -> Iterator[Record]:
+    """One record a row, read batch by batch and no other column."""
     try:
         import pyarrow as pa
         import pyarrow.parquet as parquet
@@ -242,16 +296,16 @@ def _read_parquet(file: SourceFile, text_key: str) -> Iterator[Document]:
     try:
         with parquet.ParquetFile(file.path) as table:
             columns = table.schema_arrow.names
-            if text_key not in columns:
-                raise DataError(
-                    f"{str(file.path)!r} has no column {text_key!r}; its columns are {columns}. "
-                    "Set data.text_key to the one with the text."
-                )
+            for key in keys:
+                if key not in columns:
+                    raise DataError(
+                        f"{str(file.path)!r} has no column {key!r}; its columns are {columns}. "
+                        f"Set {setting} to the one that holds it."
+                    )
             row = 0
-            for batch in table.iter_batches(batch_size=1024, columns=[text_key]):
-                for value in batch.column(0).to_pylist():
-                    text = _checked_text(value, f"{str(file.path)!r} row {row}", text_key)
-                    yield Document(name=f"{file.name}:{row}", text=text)
+            for batch in table.iter_batches(batch_size=128, columns=list(keys)):
+                for values in batch.to_pylist():
+                    yield Record(f"{file.name}:{row}", f"{str(file.path)!r} row {row}", values)
                     row += 1
     except (pa.ArrowException, OSError) as error:
         raise DataError(

@@ -16,103 +16,23 @@ is -100 since no logit could be held against it, so counting `labels != -100` co
     isolated     labels   _ b . _    _ d e .           and no document's first token is
                  position 0 1 2 0    0 1 2 3           restarts: no attention across documents
 
-The tokens live in one array of the smallest type that holds the vocabulary; sequences are cut when
-they are asked for. Which documents, in what order and on which rank is not decided here.
+Sequences are cut from the stream's array when they are asked for. Which documents, in what order and on which
+rank is not decided here.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike
 from torch.utils.data import Dataset
 
 from lightning_npu_tp.errors import DataError
+from lit_models.data.streams import TokenStream
 
 IGNORED = -100  # torch's and transformers' ignore_index
-
-
-@dataclass(frozen=True)
-class TokenStream:
-    """Documents end to end.
-
-    tokens: [N] integers, eos after every document.
-    starts: [documents] int64, ascending; index of each document's first token; starts[0] is 0.
-    """
-
-    tokens: np.ndarray
-    starts: np.ndarray
-
-    @property
-    def num_tokens(self) -> int:
-        """N, the eos of every document included."""
-        return len(self.tokens)
-
-    @property
-    def num_documents(self) -> int:
-        """Number of documents; each has at least one token and its eos."""
-        return len(self.starts)
-
-
-class StreamBuilder:
-    """Gathers encoded documents into a `TokenStream`, up to a number of tokens or documents.
-
-    The document that reaches `max_tokens` is cut so that it, closed with eos, ends exactly there.
-    """
-
-    def __init__(
-        self, *, vocab_size: int, eos_id: int, max_tokens: int | None = None, max_documents: int | None = None
-    ):
-        self.num_tokens = 0
-        self.names: list[str] = []
-        self._documents: list[np.ndarray] = []
-        self._dtype = np.uint16 if vocab_size <= 2**16 else np.int32
-        self._eos_id = eos_id
-        self._max_tokens = max_tokens
-        self._max_documents = max_documents
-
-    @property
-    def num_documents(self) -> int:
-        """Documents gathered so far."""
-        return len(self._documents)
-
-    @property
-    def full(self) -> bool:
-        """Whether a limit is reached; one token short counts, for no document fits into one token."""
-        tokens_full = self._max_tokens is not None and self.num_tokens >= self._max_tokens - 1
-        return tokens_full or (self._max_documents is not None and self.num_documents >= self._max_documents)
-
-    def add(self, name: str, ids: ArrayLike) -> bool:
-        """Append one document's ids [tokens], without eos; False, and no change, if it is empty or this is full."""
-        ids = np.asarray(ids)
-        if self.full or len(ids) == 0:
-            return False
-        if self._max_tokens is not None:
-            ids = ids[: self._max_tokens - self.num_tokens - 1]
-        document = np.empty(len(ids) + 1, dtype=self._dtype)
-        document[:-1] = ids
-        document[-1] = self._eos_id
-        self._documents.append(document)
-        self.names.append(name)
-        self.num_tokens += len(document)
-        return True
-
-    def pop(self, index: int) -> tuple[str, np.ndarray]:
-        """Take a document out again: its name and its ids without eos."""
-        document = self._documents.pop(index)
-        self.num_tokens -= len(document)
-        return self.names.pop(index), document[:-1]
-
-    def build(self) -> TokenStream:
-        """The stream of all documents in the order of their `add`."""
-        starts = np.zeros(self.num_documents, dtype=np.int64)
-        np.cumsum([len(document) for document in self._documents[:-1]], out=starts[1:])
-        tokens = np.concatenate(self._documents) if self._documents else np.empty(0, dtype=self._dtype)
-        return TokenStream(tokens=tokens, starts=starts)
 
 
 class PackedDataset(Dataset[dict[str, torch.Tensor]]):
@@ -199,11 +119,11 @@ class PackedDataset(Dataset[dict[str, torch.Tensor]]):
             first, behind = np.searchsorted(self.stream.starts, (begin, begin + len(window)))
             restarts = self.stream.starts[first:behind] - begin
             labels[restarts] = IGNORED
-            item["position_ids"] = torch.from_numpy(_positions(size, [*restarts, len(window)]))
+            item["position_ids"] = torch.from_numpy(restart_positions(size, [*restarts, len(window)]))
         return item
 
 
-def _positions(size: int, restarts: Sequence[int]) -> np.ndarray:
+def restart_positions(size: int, restarts: Sequence[int]) -> np.ndarray:
     """0, 1, 2, ... [size] int64, beginning again at every index in `restarts`; indices of `size` are ignored."""
     steps = np.arange(size, dtype=np.int64)
     last_restart = np.zeros(size, dtype=np.int64)

@@ -100,14 +100,14 @@ def damage(rank: int, world_size: int, folder: str) -> None:
     if rank == 0:
         assert not Path(f"{folder}/good/__7_0.distcp").exists()
         shutil.copytree(f"{folder}/good", f"{folder}/incomplete")
-        Path(f"{folder}/incomplete/meta.pt").unlink()
+        Path(f"{folder}/incomplete/manifest.json").unlink()
         torch.save({"state_dict": {}, "evil": Module}, f"{folder}/pickled")
         torch.save({"weights": 1}, f"{folder}/other")
     run.strategy._open()
     run.strategy.barrier()
     run.strategy._close()
     for name, complaint in {
-        "incomplete": "is incomplete: it has shards but no meta.pt",
+        "incomplete": "is incomplete: it has shards but no manifest.json",
         "absent": "is no checkpoint",
         "pickled": "could run code.*checkpoint_weights_only=false",
         "other": "has no 'state_dict'",

@@ -18,8 +18,11 @@ from hydra.utils import instantiate
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from omegaconf import DictConfig, OmegaConf
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from lightning_npu_tp.errors import ConfigError, DataError, LightningNPUTPError
+from lightning_npu_tp.testing.models import tiny_config
 from lit_models import run_folder
 from lit_models.instantiate import build, build_each
 from lit_models.run_folder import (
@@ -35,7 +38,11 @@ from lit_models.run_folder import (
 CONF = Path(__file__).parents[2] / "conf"
 FILES = sorted(path.relative_to(CONF).with_suffix("") for path in CONF.rglob("*.yaml"))
 # What a file in conf/ cannot say by itself.
-NEEDS = {"data/text": ["data.paths=[{tmp}/text.txt]"]}
+NEEDS = {
+    "data/text": ["data.paths=[{tmp}/text.txt]"],
+    "data/chat": ["data.paths=[{tmp}/chat.jsonl]", "data.tokenizer={tmp}/tokenizer"],
+    "model/pretrained": ["model.path={tmp}/model"],
+}
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec", "ignore:.*treespec")
 
@@ -70,6 +77,12 @@ def build_trainer(config: DictConfig, parts: SimpleNamespace) -> Trainer:
 @pytest.mark.parametrize("file", FILES, ids=str)
 def test_every_file_composes_and_its_parts_are_built(file: Path, tmp_path) -> None:
     (tmp_path / "text.txt").write_text("text")
+    (tmp_path / "chat.jsonl").write_text('{"messages": [{"role": "assistant", "content": "hello"}]}')
+    tiny_config("llama").save_pretrained(tmp_path / "model")
+    words = Tokenizer(models.WordLevel({"hello": 0, "<end>": 1}, unk_token="<end>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>")
+    tokenizer.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
     group, name = str(file.parent), file.name
     group = {"hccl": "hccl@strategy.hccl"}.get(group, group)
     chosen = [] if group == "." else [f"{group}={name}"]

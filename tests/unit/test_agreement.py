@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import lightning as L
 
 from lightning_npu_tp.agreement import flatten, require_agreement, require_equal_batches, run_settings
+from lightning_npu_tp.checkpoint.strategy_part import CheckpointSettings
 from lightning_npu_tp.convert import Options
 from lightning_npu_tp.layout import Layout
 
@@ -27,7 +28,9 @@ class Data(L.LightningDataModule):
 
 
 def settings_of(*, width: int = 8, batch_size: int = 2, layout: Layout | None = None, **trainer) -> dict[str, str]:
-    strategy = SimpleNamespace(layout=layout or Layout(data=2, tensor=1, expert=1), options=Options())
+    strategy = SimpleNamespace(
+        layout=layout or Layout(data=2, tensor=1, expert=1), options=Options(), checkpoint_settings=CheckpointSettings()
+    )
     its = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, **trainer)
     its.datamodule = Data(batch_size)
     return flatten(run_settings(its, Module(width, optimizer=lambda: None), strategy))

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from lightning_npu_tp.errors import DataError
-from lit_models.data.packing import IGNORED, PackedDataset, StreamBuilder, TokenStream
+from lit_models.data.packing import IGNORED, PackedDataset
+from lit_models.data.streams import StreamBuilder, TokenStream
 
 EOS, PAD = 90, 91
 A, B, C, D, E = 1, 2, 3, 4, 5

@@ -409,7 +409,7 @@ def test_the_default_configuration_builds_in_under_two_seconds():
     assert "train" in data.summary()
 
 
-def test_the_text_configuration_takes_overrides_and_refuses_misspelt_ones(tmp_path):
+def test_the_text_configuration_takes_overrides_and_refuses_misspelt_ones(tmp_path, monkeypatch):
     from hydra.errors import InstantiationException
     from hydra.utils import instantiate
     from omegaconf import MissingMandatoryValue, OmegaConf
@@ -417,9 +417,12 @@ def test_the_text_configuration_takes_overrides_and_refuses_misspelt_ones(tmp_pa
     config = OmegaConf.load(CONF / "text.yaml")
     with pytest.raises((MissingMandatoryValue, InstantiationException), match="paths"):
         instantiate(config)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     config.paths = [str(corpus(tmp_path))]
     data = instantiate(config, sequence_length=32)
     data.setup()
+    (kept,) = (tmp_path / "cache" / "lightning_npu_tp" / "tokens").glob("*/cache.json")
+    assert f"note: tokens in {kept.parent}" in data.summary()
     assert type(data.paths) is list and type(data.paths[0]) is str
     with pytest.raises(InstantiationException, match="sequence_lenght"):
         instantiate(config, sequence_lenght=32)

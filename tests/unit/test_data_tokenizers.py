@@ -99,6 +99,35 @@ def test_a_folder_that_names_no_end_token_is_refused(tmp_path):
         load_tokenizer(make_tokenizer(tmp_path, with_eos=False))
 
 
+def test_a_fingerprint_is_that_of_vocabulary_and_rules_wherever_the_files_lie(folder, tmp_path):
+    first = load_tokenizer(folder)
+    copy = load_tokenizer(shutil.copytree(folder, tmp_path / "elsewhere"))
+    assert first.fingerprint() == copy.fingerprint() and first.path != copy.path == str(tmp_path / "elsewhere")
+    first.encode(CHINESE)
+    first.transformers("text", truncation=True, max_length=4)  # what was called before has no say
+    assert first.fingerprint() == copy.fingerprint()
+    rules = json.loads((folder / "tokenizer.json").read_text())
+    for key, value in (("normalizer", {"type": "NFC"}), ("pre_tokenizer", None)):
+        (tmp_path / "elsewhere" / "tokenizer.json").write_text(json.dumps({**rules, key: value}))
+        assert load_tokenizer(tmp_path / "elsewhere").fingerprint() != first.fingerprint()
+    rules["model"]["merges"].reverse()
+    (tmp_path / "elsewhere" / "tokenizer.json").write_text(json.dumps(rules))
+    assert load_tokenizer(tmp_path / "elsewhere").fingerprint() != first.fingerprint()
+    assert load_tokenizer(folder, eos_token=BOS).fingerprint() != first.fingerprint()
+    # A known value: a hash that differs between machines or processes shows.
+    assert ByteTokenizer().fingerprint() == "5f838255ca070ebdf51530c962584c72" and ByteTokenizer.path is None
+
+
+def test_several_texts_at_once_have_the_ids_of_each_alone(folder):
+    tokenizer = load_tokenizer(folder)
+    texts = [CHINESE * 3, "", " ", "def train(model):\n", END + "x"]
+    for ids, text in zip(tokenizer.encode_batch(texts), texts, strict=True):
+        assert np.array_equal(ids, tokenizer.encode(text))
+    ids, begins, ends = tokenizer.encode_with_offsets(CHINESE)
+    assert np.array_equal(ids, tokenizer.encode(CHINESE)) and begins[0] == 0 and ends[-1] == len(CHINESE)
+    assert (begins[1:] >= begins[:-1]).all() and (ends >= begins).all()
+
+
 def test_a_missing_path_is_named(tmp_path):
     with pytest.raises(DataError, match=r"data\.tokenizer='.*nowhere' does not exist"):
         load_tokenizer(tmp_path / "nowhere")

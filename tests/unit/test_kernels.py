@@ -222,9 +222,11 @@ def test_whatever_a_kernel_leaves_in_rows_of_other_ranks_never_leaks(name):
 
 
 def test_kernels_are_chosen_by_device_and_config():
-    assert select("cpu").names == {"grouped_matmul": "cpu", "expert_mlp": "cpu"}
-    assert select("cuda").names == {"grouped_matmul": "torch_native", "expert_mlp": "composed"}
-    assert select("npu").names == {"grouped_matmul": "reference", "expert_mlp": "composed"}
+    others = ("permute", "swiglu", "rms_norm", "rotary", "attention")
+    plain = dict.fromkeys(others, "reference")
+    assert select("cpu").names == {"grouped_matmul": "cpu", "expert_mlp": "cpu", **plain}
+    assert select("cuda").names == {"grouped_matmul": "torch_native", "expert_mlp": "composed", **plain}
+    assert select("npu").names == {"grouped_matmul": "npu", "expert_mlp": "composed", **dict.fromkeys(others, "npu")}
     assert select("cpu").expert_mlp is expert_mlp and select("cuda").expert_mlp is None
 
 
@@ -240,6 +242,7 @@ def test_overriding_the_grouped_matmul_also_leaves_the_fused_function_that_would
         ("mps", {}, ["'mps'", "cpu", "cuda", "npu"]),
         ("cpu", {"matmul": "cpu"}, ["kernels.matmul", "grouped_matmul"]),
         ("cpu", {"grouped_matmul": "fast"}, ["'fast'", "torch_native", "reference"]),
+        ("cpu", {"rms_norm": "npu"}, ["kernels.rms_norm='npu'", "cpu", "reference"]),
     ],
 )
 def test_a_choice_that_does_not_exist_is_refused_with_those_that_do(device, overrides, words):

@@ -12,11 +12,11 @@ from torch import nn
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2RotaryEmbedding, apply_rotary_emb
 
 from lightning_npu_tp.errors import ConversionError
+from lightning_npu_tp.kernels.plain import attend, rotate_interleaved
 from lightning_npu_tp.layers import vocab
-from lightning_npu_tp.layers.attention import attend
 from lightning_npu_tp.layers.causal_lm import attention_mask_4d
 from lightning_npu_tp.layers.linear import RMSNorm
-from lightning_npu_tp.layers.rotary import RotaryTables, rotate_interleaved
+from lightning_npu_tp.layers.rotary import RotaryTables
 from lightning_npu_tp.layers.vocab import IGNORED_LABEL, VocabEmbedding, VocabHead
 from lightning_npu_tp.layout import Groups
 from lightning_npu_tp.region import Region

@@ -1,0 +1,144 @@
+"""One process at a time works on a checkpoint: `.NAME.lock` beside it holds host, process and purpose.
+
+A lock whose process is gone is stale and taken over. Of another host's process only signs of life can be seen: the
+holder touches the file every few seconds, and a lock that was not touched for STALE_AFTER_S is stale as well, so that
+a job that was killed on one host and goes on at another does not wait for ever.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+
+from lightning_npu_tp.errors import CheckpointError
+
+TOUCH_EVERY_S = 10.0
+STALE_AFTER_S = 120.0
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who holds a lock. started: of the process, seconds since the epoch: process numbers are used again."""
+
+    host: str
+    pid: int
+    started: float
+    purpose: str
+
+    @classmethod
+    def me(cls, purpose: str) -> Holder:
+        """This process."""
+        return cls(socket.gethostname(), os.getpid(), psutil.Process().create_time(), purpose)
+
+    def alive(self, silent_s: float) -> bool:
+        """Whether the holder can still be at work. silent_s: seconds since its last sign of life."""
+        if self.host != socket.gethostname():
+            return silent_s < STALE_AFTER_S
+        try:
+            # A boot in between changes the clock that the start is counted from by less than a second.
+            return abs(psutil.Process(self.pid).create_time() - self.started) < 2.0
+        except psutil.NoSuchProcess:
+            return False
+
+
+def lock_file(path: Path) -> Path:
+    """Where the lock of a checkpoint lies."""
+    return path.with_name(f".{path.name}.lock")
+
+
+def holder_of(path: Path) -> Holder | None:
+    """The live process that holds the checkpoint `path`, if any."""
+    file = lock_file(path)
+    try:
+        holder = Holder(**json.loads(file.read_text()))
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError):
+        # Cut off while it was written, or of another program: it counts for as long as it is fresh.
+        holder = Holder("unknown", 0, 0.0, "working")
+    try:
+        silent_s = _now(file.parent) - file.stat().st_mtime
+    except FileNotFoundError:
+        return None
+    return holder if holder.alive(silent_s) else None
+
+
+@contextmanager
+def hold(path: Path, purpose: str) -> Iterator[None]:
+    """Hold the checkpoint `path` (it need not exist yet) against others that save, read or remove it.
+
+    purpose: "saving" or "reading". Of a link, a reader holds the target, a writer the link, which it replaces.
+    Raises CheckpointError naming host and process if a live one holds it.
+    """
+    path = path.resolve() if purpose == "reading" else path
+    file = lock_file(path)
+    content = json.dumps(asdict(Holder.me(purpose)))
+    _take(file, content, path, purpose)
+    done = threading.Event()
+    touching = threading.Thread(target=_keep_touching, args=(file, done), name="checkpoint lock", daemon=True)
+    touching.start()
+    try:
+        yield
+    finally:
+        done.set()
+        touching.join()
+        file.unlink(missing_ok=True)
+
+
+def _take(file: Path, content: str, path: Path, purpose: str) -> None:
+    while True:
+        try:
+            descriptor = os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+        except FileExistsError:
+            if (holder := holder_of(path)) is not None:
+                raise CheckpointError(_in_use(path, file, holder, purpose)) from None
+            file.unlink(missing_ok=True)
+            continue
+        with os.fdopen(descriptor, "w") as stream:
+            stream.write(content)
+        return
+
+
+def _in_use(path: Path, file: Path, holder: Holder, purpose: str) -> str:
+    here = holder.host == socket.gethostname()
+    where = f"process {holder.pid} of this host ({holder.host})" if here else f"process {holder.pid} of {holder.host}"
+    how = (
+        "Wait until it is done, or choose another name."
+        if here
+        else f"Wait until it is done; if it no longer runs, remove {file}, or wait {STALE_AFTER_S:.0f} s for the "
+        f"lock to expire."
+    )
+    verb = {"saving": "be written", "reading": "be read"}.get(purpose, "be used")
+    return f"The checkpoint {path} cannot {verb} now: {where} is {holder.purpose} it. {how}"
+
+
+def _keep_touching(file: Path, done: threading.Event) -> None:
+    while not done.wait(TOUCH_EVERY_S):
+        try:
+            os.utime(file)
+        except OSError:
+            continue
+
+
+def _now(folder: Path) -> float:
+    """The time as the folder's file server sees it; its clock may differ from ours."""
+    probe = folder / f".clock-{os.getpid()}-{threading.get_ident()}"
+    try:
+        probe.touch()
+        return probe.stat().st_mtime
+    except OSError:
+        return time.time()
+    finally:
+        try:
+            probe.unlink(missing_ok=True)
+        except OSError:
+            pass

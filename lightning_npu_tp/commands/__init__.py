@@ -1,0 +1,1 @@
+"""Commands of lightning-npu-tp, one module each; cli.py registers them."""
