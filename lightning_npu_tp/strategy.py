@@ -107,7 +107,7 @@ class NPUTensorParallelStrategy(CheckpointHooks):
         recompute: Recompute = "none",
         convert: UserConversion | None = None,
         families: Sequence[ModelFamily] = (),
-        kernels: Mapping[str, str] | None = None,
+        kernels: Mapping[str, str | None] | None = None,
         timeout_s: float = 7200.0,
         hccl: HcclSettings | None = None,
         save_distributed_checkpoint: bool = True,
