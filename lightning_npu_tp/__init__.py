@@ -6,14 +6,25 @@ transformers import it where it is installed, and where that fails the error say
 """
 
 from lightning_npu_tp.device import explained_import
-
-with explained_import():
-    from lightning_npu_tp.accelerator import NPUAccelerator, register
-    from lightning_npu_tp.checkpoint.load import weights_from
-    from lightning_npu_tp.families.family import ModelFamily
-    from lightning_npu_tp.strategy import NPUTensorParallelStrategy, register_strategy
+from lightning_npu_tp.errors import DeviceError
 
 __all__ = ["ModelFamily", "NPUAccelerator", "NPUTensorParallelStrategy", "weights_from"]
 
-register()
-register_strategy()
+_problem: DeviceError | None = None
+try:
+    with explained_import():
+        from lightning_npu_tp.accelerator import NPUAccelerator, register
+        from lightning_npu_tp.checkpoint.load import weights_from
+        from lightning_npu_tp.families.family import ModelFamily
+        from lightning_npu_tp.strategy import NPUTensorParallelStrategy, register_strategy
+    register()
+    register_strategy()
+except DeviceError as error:
+    # `lightning-npu-tp doctor` must come up and say what is wrong; whoever asks for a name is told here.
+    _problem = error
+
+
+def __getattr__(name: str) -> object:
+    if _problem is not None and name in __all__:
+        raise _problem
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -18,6 +18,7 @@ from lightning_npu_tp.commands.doctor import doctor
 from lightning_npu_tp.commands.download import download
 from lightning_npu_tp.commands.export import export
 from lightning_npu_tp.commands.inspect import inspect
+from lightning_npu_tp.commands.show_data import show_data
 from lightning_npu_tp.errors import ConfigError, LightningNPUTPError, RankFailure
 from lightning_npu_tp.model_config import read_model_config
 
@@ -109,3 +110,5 @@ def proof_table(proof: Any) -> Table:
 
 for command in (doctor, download, export, inspect):
     app.command()(command)
+# What follows are the settings of the project's own script.
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(show_data)

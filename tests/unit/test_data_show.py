@@ -100,3 +100,16 @@ def test_the_script_runs_from_anywhere(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "data: stdlib" in done.stdout and list(tmp_path.iterdir()) == []
+
+
+def test_the_command_runs_the_projects_script(tmp_path, monkeypatch):
+    from typer.testing import CliRunner
+
+    from lightning_npu_tp.cli import app
+
+    monkeypatch.chdir(tmp_path)
+    told = CliRunner().invoke(app, ["show-data", "data=chat"])
+    assert told.exit_code == 2 and "show_data.py is not in" in told.stderr
+    (tmp_path / "show_data.py").write_text("import sys; open('told', 'w').write(' '.join(sys.argv[1:])); sys.exit(7)")
+    assert CliRunner().invoke(app, ["show-data", "data=chat", "--tokens", "5"]).exit_code == 7
+    assert (tmp_path / "told").read_text() == "data=chat --tokens 5"

@@ -7,6 +7,7 @@ quietly treated as a CPU. The torch_npu here is a stand-in of a few lines.
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -222,3 +223,25 @@ def test_cards_that_a_run_on_the_cpu_leaves_unused_are_mentioned(tmp_path, monke
     (tmp_path / "davinci0").touch()
     assert "trainer.accelerator=npu" in device.idle_npus("cpu")
     assert device.idle_npus("npu") is None
+
+
+@pytest.mark.skipif(device._missing_cann() is None, reason="CANN is installed here")
+@pytest.mark.parametrize("autoload", ["0", "1"])
+def test_the_doctor_comes_up_where_torch_npu_has_no_cann(tmp_path, autoload):
+    path = fake_torch_npu(tmp_path, WITHOUT_CANN, autoload=True)
+    environment = {**os.environ, "PYTHONPATH": path, "TORCH_DEVICE_BACKEND_AUTOLOAD": autoload}
+    environment.pop("CI", None)
+    command = [str(Path(sys.executable).with_name("lightning-npu-tp")), "doctor", "--json"]
+    told = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert told.returncode == 1 and "Traceback" not in told.stderr, told.stderr
+    assert next(line for line in json.loads(told.stdout)["checks"] if line["name"] == "CANN")["status"] == "fail"
+    if autoload == "0":
+        # Importing torch goes well then; transformers' import, which comes later, is explained where it happens.
+        return
+    code = (
+        "import lightning_npu_tp as package\n"
+        "try: package.NPUAccelerator\n"
+        "except package.DeviceError as error: print(error)"
+    )
+    asked = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert "torch_npu is installed, but CANN's" in asked.stdout, asked.stderr
