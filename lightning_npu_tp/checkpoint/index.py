@@ -159,7 +159,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
                 raise _damaged(file, f"it has {size} bytes and its header should have {length}")
             header = json.loads(stream.read(length), object_pairs_hook=_no_duplicates)
         header.pop("__metadata__", None)
-        entries = [(name, entry["dtype"], entry["shape"], *entry["data_offsets"]) for name, entry in header.items()]
+        entries = [_entry(name, value) for name, value in header.items()]
     except OSError as error:
         raise CheckpointError(
             f"{file} cannot be read: {error.strerror}. Check the file and its permissions."
@@ -169,7 +169,18 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     return _checked(file, entries, _LENGTH_BYTES + length, size)
 
 
-def _checked(file: Path, entries: list[Any], data: int, size: int) -> dict[str, StoredTensor]:
+def _entry(name: str, value: dict[str, Any]) -> tuple[str, str, list[int], int, int]:
+    """One tensor of a header; ValueError and the like for what is none."""
+    dtype, shape, (start, stop) = value["dtype"], value["shape"], value["data_offsets"]
+    numbers = [*shape, start, stop]
+    if not isinstance(dtype, str) or not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in numbers):
+        raise ValueError(f"{name} is given dtype {dtype} and shape {shape} at {start} to {stop}")
+    return name, dtype, shape, start, stop
+
+
+def _checked(
+    file: Path, entries: list[tuple[str, str, list[int], int, int]], data: int, size: int
+) -> dict[str, StoredTensor]:
     """The header's entries as tensors, if they fill the file's data without gap or overlap."""
     tensors: dict[str, StoredTensor] = {}
     position = 0
@@ -179,8 +190,6 @@ def _checked(file: Path, entries: list[Any], data: int, size: int) -> dict[str, 
                 f"{name} in {file} has the dtype {dtype}, which cannot be trained: the model is quantised, or of a "
                 f"kind that this package does not know. Take its unquantised weights, or convert it to bfloat16 first."
             )
-        if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in (*shape, start, stop)):
-            raise _damaged(file, f"its header gives {name} the shape {shape} at {start} to {stop}")
         tensor = StoredTensor(file, _DTYPES[dtype], tuple(shape), data + start)
         if start != position or stop - start != tensor.nbytes:
             raise _damaged(

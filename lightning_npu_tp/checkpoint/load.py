@@ -8,6 +8,8 @@ tensor of the files be used or ignored for a stated reason, before the first byt
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,6 +28,7 @@ from lightning_npu_tp.errors import CheckpointError, ConfigError
 
 _MARK = "_lightning_npu_tp_weights"
 _SHOWN = 10
+_HUGE = 2 << 20
 _LINE_EVERY_S = 10.0
 
 
@@ -106,6 +109,8 @@ def fill(folder: Path, targets: Sequence[Target], table: KeyTable, *, family: st
         files = open_folder(folder)
         report = LoadReport(folder)
         reads = _planned(files, targets, table, report, family)
+        for target in targets:
+            ask_for_huge_pages(target.tensor)
         reader = SliceReader()
         try:
             with _progress(files, sum(_bytes(read) for read in reads), peers.is_main) as advance:
@@ -123,6 +128,19 @@ def fill(folder: Path, targets: Sequence[Target], table: KeyTable, *, family: st
     except PeerFailure as error:
         raise CheckpointError(f"The weights of {folder} could not be read. {error.words()}") from error
     return reports[peers.rank]
+
+
+def ask_for_huge_pages(tensor: Tensor) -> None:
+    """Have the memory of a large CPU tensor that nobody has written yet come in pages of 2 MiB.
+
+    In pages of 4 KiB the system's work for them takes several times as long as the copy. A hint only: where it means
+    nothing, nothing happens.
+    """
+    if tensor.device.type != "cpu" or tensor.numel() * tensor.element_size() < 4 * _HUGE or sys.platform != "linux":
+        return
+    start = -(-tensor.data_ptr() // _HUGE) * _HUGE
+    stop = (tensor.data_ptr() + tensor.numel() * tensor.element_size()) // _HUGE * _HUGE
+    ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), mmap.MADV_HUGEPAGE)
 
 
 def _bytes(read: _Read) -> int:
