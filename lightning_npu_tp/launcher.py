@@ -25,6 +25,8 @@ from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from typing_extensions import override
 
+from lightning_npu_tp.checkpoint.resume import asked_for
+from lightning_npu_tp.checkpoint.strategy_part import CheckpointHooks
 from lightning_npu_tp.comm_errors import explain
 from lightning_npu_tp.device_errors import explain_device_error
 from lightning_npu_tp.errors import ConfigError
@@ -119,6 +121,8 @@ class ProcessLauncher(_SubprocessScriptLauncher):
     def _run(self, function: Callable, args: Any, kwargs: Any, trainer: pl.Trainer | None) -> Any:
         with self._watched():
             _set_num_threads_if_needed(num_processes=self.num_processes)
+            if trainer is not None and isinstance(trainer.strategy, CheckpointHooks):
+                trainer.strategy.asked_checkpoint = asked_for(function, args, kwargs)
             try:
                 return function(*args, **kwargs)
             except (RuntimeError, ConnectionError) as error:

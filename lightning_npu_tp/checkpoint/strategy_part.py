@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import lightning
 import torch.distributed as dist
 from lightning.pytorch import LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
@@ -24,7 +25,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 
-from lightning_npu_tp.checkpoint import facts, rank_state, reader, training_state, writer
+from lightning_npu_tp.checkpoint import facts, rank_state, reader, resume, training_state, writer
 from lightning_npu_tp.checkpoint.manifest import Manifest
 from lightning_npu_tp.checkpoint.peers import Peers
 from lightning_npu_tp.checkpoint.saves import Saves
@@ -61,6 +62,12 @@ class CheckpointSettings:
 class CheckpointHooks(ParallelStrategy):
     """What of the strategy concerns checkpoints. A subclass calls `_set_up_checkpoints` and has the rest."""
 
+    # "auto", "last" or "best", if that is what the trainer call was given; the launcher notes it.
+    asked_checkpoint: str | None = None
+    # A resumed run's generators, until its first batch.
+    _resumed_state: dict[str, Any] | None = None
+    # What the first batch of an epoch is to find instead of what there is; loops.py sets it.
+    state_of_first_batch: dict[str, Any] | None = None
     _families: Sequence[ModelFamily]
     _timeout: timedelta
 
@@ -193,7 +200,20 @@ class CheckpointHooks(ParallelStrategy):
         Raises CheckpointError on every rank for a checkpoint that is incomplete, damaged or of another model.
         """
         peers, settings = Peers(), self._checkpoints
-        path, manifest = reader.open_checkpoint(Path(self.broadcast(checkpoint_path)), peers, checksums=settings.verify)
+        word, self.asked_checkpoint = self.asked_checkpoint, None
+        if word is not None:
+            chosen = self._chosen(word, Path(checkpoint_path), peers)
+            if chosen is None:
+                # What Lightning would say that it restored.
+                self._module.trainer._checkpoint_connector._ckpt_path = None
+                return resume.Nothing({"pytorch-lightning_version": lightning.__version__})
+            checkpoint_path = chosen
+        path, manifest = reader.open_checkpoint(
+            # Rank 0 has compared the checksums of what it chose.
+            Path(self.broadcast(checkpoint_path)),
+            peers,
+            checksums=settings.verify and word is None,
+        )
         # Lightning drops fit(weights_only=…) on this path, so the strategy has a setting of its own.
         trusted = settings.trusted if weights_only is None else weights_only
         state = reader.read_object(path, trusted) if path.is_file() else reader.read_rest(path, trusted)
@@ -220,6 +240,14 @@ class CheckpointHooks(ParallelStrategy):
             self._restore_rank_state(path, manifest, None if own is None else own["ranks"], trusted, state)
         return state
 
+    def _chosen(self, word: str, path: Path, peers: Peers) -> Path | None:
+        """The checkpoint that auto, last or best means; rank 0 looks, its errors are raised on every rank."""
+        trainer = self._module.trainer
+        found = peers.main(lambda: resume.choose(trainer, word, path, checksums=self._checkpoints.verify))
+        if word == resume.AUTO:
+            rank_zero_info("No complete checkpoint yet: starting anew." if found is None else f"Going on from {found}.")
+        return found
+
     def _restore_rank_state(
         self,
         path: Path,
@@ -243,12 +271,25 @@ class CheckpointHooks(ParallelStrategy):
             own = read(self.global_rank)
             rank_state.apply_rank_state(trainer, own)
             rank_state.use_own_loaders(checkpoint, own)
+            self._resumed_state = own
             return
         rank_state.use_common_loaders(checkpoint, [read(rank) for rank in range(manifest.world)])
         rank_zero_info(
             f"{path} was saved in the layout {manifest.layout}: the states of its ranks' random generators are not "
             f"taken over."
         )
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Let the first batch of a resumed run draw what it would have drawn.
+
+        Inside an epoch the loaders' iterators, which are made anew, drew random numbers that the uninterrupted run drew
+        earlier. At an epoch's beginning they are made in either run, and only what else drew is undone.
+        """
+        inside, first = self._resumed_state, self.state_of_first_batch
+        self._resumed_state = self.state_of_first_batch = None
+        state = inside if batch_idx > 0 else first
+        if state is not None:
+            rank_state.apply_rank_state(self._module.trainer, state)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Done by `load_checkpoint`."""

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torchdata.stateful_dataloader import StatefulDataLoader
@@ -47,7 +48,10 @@ class PositionedLoader(StatefulDataLoader):
         with warnings.catch_warnings():
             # torchdata 0.11, the last of its kind, calls a function that torch 2.13 deprecates.
             warnings.filterwarnings("ignore", ".*set_vital", UserWarning)
-            super().__init__(dataset, *args, **{"snapshot_every_n_steps": _NEVER, **kwargs})
+            # A generator of its own: torch's loaders draw a seed from everybody's each time they begin, so a run that
+            # was resumed, and began once more, would draw other numbers.
+            settings = {"snapshot_every_n_steps": _NEVER, "generator": torch.Generator(), **kwargs}
+            super().__init__(dataset, *args, **settings)
         self.identity = dict(identity or {})
         self.on_changed = on_changed
         self.on_resume = on_resume
