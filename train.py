@@ -26,12 +26,18 @@ def train(config: DictConfig) -> float | None:
     """One run; returns the final validation loss in nats per token, None without validation data."""
     from lightning import seed_everything
 
+    from lightning_npu_tp.callbacks import ExportAtEnd
+    from lit_models.continued import ContinueRun
     from lit_models.data import check_vocabulary
     from lit_models.instantiate import build, build_each
-    from lit_models.run_folder import claim, explain_write_errors, is_follower
+    from lit_models.run_folder import claim, explain_write_errors, goes_on, is_follower
     from lit_models.summary import summary
 
     folder = Path(config.run_dir)
+    checkpoint = "auto" if goes_on(config) else config.ckpt_path
+    extra = [ContinueRun()] if checkpoint == "auto" else []
+    if config.export:
+        extra.append(ExportAtEnd(folder / "export" if config.export is True else config.export))
     seed_everything(config.seed, workers=True, verbose=False)
     # The trainer first: it says at once whether the device is there, before data and model cost anything.
     warmup = build(config, "warmup")
@@ -39,7 +45,7 @@ def train(config: DictConfig) -> float | None:
         config,
         "trainer",
         strategy=build(config, "strategy"),
-        callbacks=[*build_each(config, "callbacks"), *([warmup] if warmup is not None else [])],
+        callbacks=[*build_each(config, "callbacks"), *([warmup] if warmup is not None else []), *extra],
         logger=build_each(config, "logger"),
     )
     data = build(config, "data")
@@ -52,8 +58,8 @@ def train(config: DictConfig) -> float | None:
     with explain_write_errors(folder):
         before = []
         if config.validate_before:
-            before = trainer.validate(model, data, ckpt_path=config.ckpt_path, verbose=False)
-        trainer.fit(model, data, ckpt_path=config.ckpt_path)
+            before = trainer.validate(model, data, ckpt_path=checkpoint, verbose=False)
+        trainer.fit(model, data, ckpt_path=checkpoint)
         after = trainer.validate(model, data, verbose=False)
     if trainer.is_global_zero:
         print(summary(before, after, folder), flush=True)

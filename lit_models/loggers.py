@@ -85,6 +85,19 @@ class CSVMetrics(Logger):
             self._failed = False
 
     @rank_zero_only
+    def cut(self, step: int) -> None:
+        """Drop the rows on disk of optimizer step `step` and later, which a resumed run logs again."""
+        self.save()
+        if not self.path.exists():
+            return
+        with self.path.open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            rows, columns = list(reader), list(reader.fieldnames or [])
+        kept = [row for row in rows if not row["step"] or int(row["step"]) < step]
+        if len(kept) < len(rows):
+            self._replace(columns, kept)
+
+    @rank_zero_only
     def finalize(self, status: str) -> None:
         """Write what is left at the end of a trainer call."""
         self._failed = False
@@ -122,10 +135,13 @@ class CSVMetrics(Logger):
         if self.path.exists():
             with self.path.open(newline="", encoding="utf-8") as file:
                 old = list(csv.DictReader(file))
+        self._replace(columns, [*old, *self._rows])
+
+    def _replace(self, columns: list[str], rows: list[dict[str, Any]]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         fresh = self.path.with_name(f".{self.path.name}.new")
         try:
-            fresh.write_text(_as_csv(columns, [*old, *self._rows], header=True), encoding="utf-8", newline="")
+            fresh.write_text(_as_csv(columns, rows, header=True), encoding="utf-8", newline="")
             fresh.replace(self.path)
         except OSError:
             fresh.unlink(missing_ok=True)

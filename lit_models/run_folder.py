@@ -62,7 +62,7 @@ def refuse_existing(folder: Path) -> None:
     if found:
         raise ConfigError(
             f"The run folder {folder} already holds a run ({', '.join(found)}), and a run is never overwritten. Choose "
-            f"another with hydra.run.dir=…, or leave hydra.run.dir out for a new one."
+            f"another with hydra.run.dir=…, leave hydra.run.dir out for a new one, or go on with this one: resume=auto."
         )
 
 
@@ -85,9 +85,49 @@ def check_writable(folder: Path, needed_bytes: int = _PROBE_BYTES) -> None:
         raise RunFolderError(_explanation(folder, folder, full, needed_bytes))
 
 
+def goes_on(config: DictConfig) -> bool:
+    """Whether the run continues its folder. Raises ConfigError for another `resume` than null or auto."""
+    resume = config.get("resume")
+    if resume not in (None, "auto"):
+        raise ConfigError(f"resume={resume!r} does not exist. Set it to auto or null, or a checkpoint in ckpt_path=….")
+    if resume == "auto" and config.get("ckpt_path"):
+        raise ConfigError(
+            f"resume=auto finds its checkpoint in the run folder, and ckpt_path={config.ckpt_path} names another. Set "
+            f"one of the two."
+        )
+    return resume == "auto"
+
+
+# What may differ from start to start without a word.
+_OF_ONE_START = ("resume", "ckpt_path", "run_dir")
+
+
+def changes(before: DictConfig, now: DictConfig) -> list[str]:
+    """What differs between the config of a run's first start and that of this one, a line each."""
+    old, new = (_flat(OmegaConf.to_container(config, resolve=True)) for config in (before, now))
+    return [
+        f"{key}: {old.get(key, 'absent')} -> {new.get(key, 'absent')}"
+        for key in dict.fromkeys([*old, *new])
+        if old.get(key) != new.get(key) and key.split(".")[0] not in _OF_ONE_START
+    ]
+
+
+def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(node, dict) and node:
+        return {key: value for name, item in node.items() for key, value in _flat(item, f"{prefix}.{name}").items()}
+    return {prefix.removeprefix("."): node}
+
+
 def claim(folder: Path, config: DictConfig) -> None:
-    """Write the resolved config as the folder's first file of this run; a second claim is a ConfigError."""
+    """Write the resolved config as the folder's first file of this run; a second claim is a ConfigError.
+
+    With resume=auto the config of the first start stays, and what has changed since is printed.
+    """
     check_writable(folder)
+    if goes_on(config) and (folder / CONFIG_FILE).exists():
+        if told := changes(OmegaConf.load(folder / CONFIG_FILE), config):  # type: ignore[arg-type]
+            print(f"{folder} was started with other settings:", *told, sep="\n  ", flush=True)
+        return
     text = OmegaConf.to_yaml(config, resolve=True)
     try:
         # "x" and not a test before: of two runs that start at once only one gets the folder.
@@ -149,16 +189,21 @@ class GuardRunFolder(Callback):
             with read_write(config.hydra):
                 config.hydra.output_subdir = None
             return
-        self._check(Path(config.hydra.run.dir))
+        self._check(config, Path(config.hydra.run.dir))
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """A sweep: the same of the folder that all its jobs share."""
         if not is_follower():
-            self._check(Path(config.hydra.sweep.dir), setting="hydra.sweep.dir")
+            self._check(config, Path(config.hydra.sweep.dir), setting="hydra.sweep.dir")
 
-    def _check(self, folder: Path, setting: str = "hydra.run.dir") -> None:
+    def _check(self, config: DictConfig, folder: Path, setting: str = "hydra.run.dir") -> None:
         try:
-            refuse_existing(folder)
+            if not goes_on(config):
+                refuse_existing(folder)
+            elif (folder / ".hydra").exists():
+                # Those of the first start.
+                with read_write(config.hydra):
+                    config.hydra.output_subdir = None
             check_writable(folder)
         except LightningNPUTPError as error:
             print(f"error: {str(error).replace('hydra.run.dir', setting)}", file=sys.stderr)

@@ -49,6 +49,10 @@ class LossCurve(Callback):
         self._waiting: list[tuple[int, Tensor]] = []
         self._last_step = 0
 
+    def begin_with(self, train: list[tuple[int, float]], val: list[tuple[int, float]]) -> None:
+        """Take over what an earlier part of the run noted: (optimizer step, loss)."""
+        self._train, self._val, self._waiting = list(train), list(val), []
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
