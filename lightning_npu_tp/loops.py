@@ -34,12 +34,15 @@ class TrainingEpochLoop(_TrainingEpochLoop):
         Lightning leaves out a validation that was due when a checkpoint was saved just before it, so a resumed run
         would draw other numbers after it.
         """
-        if not self._should_check_val_fx(data_fetcher):
+        if self._should_check_val_fx(data_fetcher):
+            state = collect_rank_state(self.trainer)
             super().on_advance_end(data_fetcher)
-            return
-        state = collect_rank_state(self.trainer)
-        super().on_advance_end(data_fetcher)
-        apply_rank_state(self.trainer, state)
+            apply_rank_state(self.trainer, state)
+        else:
+            super().on_advance_end(data_fetcher)
+        after_step = getattr(self.trainer.strategy, "after_step", None)
+        if after_step is not None and not self._should_accumulate():
+            after_step()
 
 
 def use_quiet_epoch_loop(trainer: Trainer) -> None:

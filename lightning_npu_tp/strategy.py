@@ -86,6 +86,9 @@ class NPUTensorParallelStrategy(CheckpointHooks):
         verify_checkpoints: compare the checksums of all files before loading.
         resume_weights_only: take only the weights of fit(ckpt_path=…); optimizers and step count begin anew.
         allow_other_tokenizer: load a checkpoint that was trained with another tokenizer.
+        save_on_sigterm: finish the optimizer step, save preempted.ckpt where ModelCheckpoint saves, and exit with 143;
+            False ends at once.
+        sigterm_grace_s: seconds that this may take before the processes are ended.
         init_seed: of the weights of parameters on the meta device; None takes torch's initial seed.
         cluster_environment, process_group_backend: as in Lightning's other strategies.
 
@@ -117,6 +120,8 @@ class NPUTensorParallelStrategy(CheckpointHooks):
         verify_checkpoints: bool = True,
         resume_weights_only: bool = False,
         allow_other_tokenizer: bool = False,
+        save_on_sigterm: bool = True,
+        sigterm_grace_s: float = 60.0,
         init_seed: int | None = None,
         cluster_environment: ClusterEnvironment | None = None,
         process_group_backend: str | None = None,
@@ -146,6 +151,8 @@ class NPUTensorParallelStrategy(CheckpointHooks):
                 verify=verify_checkpoints,
                 resume_weights_only=resume_weights_only,
                 allow_other_tokenizer=allow_other_tokenizer,
+                save_on_sigterm=save_on_sigterm,
+                sigterm_grace_s=sigterm_grace_s,
             )
         )
         self._init_seed = init_seed
@@ -428,7 +435,11 @@ class NPUTensorParallelStrategy(CheckpointHooks):
             return
         if name == "run-stage" and isinstance(self._launcher, ProcessLauncher):
             # Lightning has registered its signal handlers a moment ago; they broadcast and deadlock.
-            self._launcher.watch_signals()
+            preemption = self.save_when_preempted()
+            if preemption is None:
+                self._launcher.watch_signals()
+            else:
+                self._launcher.watch_signals(preemption.ask, grace_seconds=self.checkpoint_settings.sigterm_grace_s)
         if self.root_device.type == "cpu":
             dist.barrier()
         else:

@@ -68,19 +68,21 @@ def choose(trainer: Trainer, word: str, path: Path, *, checksums: bool) -> Path 
     return found
 
 
-def checkpoint_folders(trainer: Trainer) -> list[Path]:
-    """The folders into which the trainer's ModelCheckpoint callbacks save.
-
-    Raises CheckpointError if there is none.
-    """
+def folders_of(trainer: Trainer) -> list[Path]:
+    """The folders into which the trainer's ModelCheckpoint callbacks save."""
     callbacks = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
-    folders = {Path(callback.dirpath).absolute() for callback in callbacks if callback.dirpath is not None}
+    return sorted({Path(callback.dirpath).absolute() for callback in callbacks if callback.dirpath is not None})
+
+
+def checkpoint_folders(trainer: Trainer) -> list[Path]:
+    """The same. Raises CheckpointError if there is none."""
+    folders = folders_of(trainer)
     if not folders:
         raise CheckpointError(
             'ckpt_path="auto" looks where ModelCheckpoint saves, and the Trainer has no ModelCheckpoint with a folder. '
             "Add ModelCheckpoint(dirpath=…), or give the checkpoint's path."
         )
-    return sorted(folders)
+    return folders
 
 
 def newest_in(folders: Sequence[Path], *, checksums: bool, known_bad: Path | None = None) -> Path | None:

@@ -22,6 +22,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 
@@ -33,6 +34,11 @@ from lightning_npu_tp.errors import CheckpointError, ConfigError
 from lightning_npu_tp.families.family import ModelFamily
 from lightning_npu_tp.families.registry import FAMILIES
 from lightning_npu_tp.layout import Layout
+from lightning_npu_tp.preemption import Preemption
+from lightning_npu_tp.signals import TERMINATED
+
+# Found by ckpt_path="auto", as it is the newest.
+PREEMPTED = "preempted.ckpt"
 
 OnSaveError = Literal["stop", "continue"]
 
@@ -41,7 +47,7 @@ OnSaveError = Literal["stop", "continue"]
 class CheckpointSettings:
     """The strategy's arguments about checkpoints; see there.
 
-    Raises ConfigError for an `on_save_error` that does not exist.
+    Raises ConfigError for an `on_save_error` that does not exist and a time that is none.
     """
 
     sharded: bool = True
@@ -51,17 +57,25 @@ class CheckpointSettings:
     verify: bool = True
     resume_weights_only: bool = False
     allow_other_tokenizer: bool = False
+    save_on_sigterm: bool = True
+    sigterm_grace_s: float = 60.0
 
     def __post_init__(self) -> None:
         if self.on_save_error not in get_args(OnSaveError):
             raise ConfigError(
                 f"on_save_error={self.on_save_error!r} does not exist. Set strategy.on_save_error to stop or continue."
             )
+        if not self.sigterm_grace_s > 0:
+            raise ConfigError(
+                f"sigterm_grace_s={self.sigterm_grace_s} is not a positive number of seconds. Set "
+                f"strategy.sigterm_grace_s, or strategy.save_on_sigterm=false."
+            )
 
 
 class CheckpointHooks(ParallelStrategy):
     """What of the strategy concerns checkpoints. A subclass calls `_set_up_checkpoints` and has the rest."""
 
+    _preemption: Preemption | None = None
     # "auto", "last" or "best", if that is what the trainer call was given; the launcher notes it.
     asked_checkpoint: str | None = None
     # A resumed run's generators, until its first batch.
@@ -156,6 +170,29 @@ class CheckpointHooks(ParallelStrategy):
     @property
     def _known_families(self) -> tuple[ModelFamily, ...]:
         return (*self._families, *FAMILIES)
+
+    def save_when_preempted(self) -> Preemption | None:
+        """What a SIGTERM of the running trainer call is to be told; None where there is nothing to save, or nowhere."""
+        self._preemption = None
+        trainer = self._module.trainer
+        if trainer.state.fn == TrainerFn.FITTING and self._checkpoints.save_on_sigterm and resume.folders_of(trainer):
+            self._preemption = Preemption()
+        return self._preemption
+
+    def after_step(self) -> None:
+        """At the end of every optimizer step: if the job is to end, save and end it on all ranks."""
+        trainer = self._module.trainer
+        if self._preemption is None or not self._preemption.due(trainer.global_step):
+            return
+        path = resume.folders_of(trainer)[0] / PREEMPTED
+        rank_zero_info(f"Asked to end by SIGTERM after step {trainer.global_step}: saving {path}.")
+        try:
+            trainer.save_checkpoint(path)
+            self.wait_for_checkpoints()
+        except CheckpointError as error:
+            # The job has to end all the same, and the checkpoint before this one is there.
+            rank_zero_warn(str(error))
+        raise SIGTERMException(TERMINATED)
 
     def wait_for_checkpoints(self) -> None:
         """Return once no checkpoint is being written. Raises CheckpointError if that failed, or warns."""

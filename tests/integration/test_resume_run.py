@@ -1,17 +1,20 @@
 """`resume=auto`: a run folder that is gone on with.
 
-Catches a resumed run that trains otherwise, rows that stand twice in metrics.csv, a run that is overwritten, a kill that
-costs more than what was trained since the last checkpoint.
+Catches a resumed run that trains otherwise, rows that stand twice in metrics.csv, a run that is overwritten, a kill
+that costs more than what was trained since the last checkpoint, ranks that stop after different steps.
 """
 
 from __future__ import annotations
 
 import random
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -19,6 +22,7 @@ from omegaconf import OmegaConf
 
 from benchmarks.kill_rounds import SMALL, life, tensors
 from lightning_npu_tp.callbacks import LossCurve
+from lightning_npu_tp.checkpoint.manifest import read_manifest, verify
 from lightning_npu_tp.errors import ConfigError
 from lit_models.continued import ContinueRun, points
 from lit_models.loggers import CSVMetrics
@@ -107,3 +111,45 @@ def test_the_loss_curve_begins_with_what_was_logged(tmp_path: Path) -> None:
     trainer = SimpleNamespace(loggers=[logger], callbacks=[curve], global_step=3)
     ContinueRun().on_train_start(trainer, None)
     assert (curve._train, curve._val) == ([(1, 0.0), (2, 0.1), (3, 0.2)], [(3, 0.5)])
+
+
+@pytest.mark.parametrize("whom", ["parent", "child"])
+def test_a_preempted_run_saves_and_goes_on(tmp_path: Path, whom: str) -> None:
+    """SIGTERM to one process, in the middle of training: all ranks stop after the same step."""
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    long = ["trainer.max_steps=40", "callbacks.checkpoint.every_n_train_steps=1000"]
+    train(straight, *long)
+    with open(tmp_path / "told", "w+") as told:
+        run = subprocess.Popen(
+            [
+                sys.executable,
+                "train.py",
+                f"hydra.run.dir={stopped}",
+                *SMALL,
+                *long,
+                "logger.csv.flush_every_n_rows=1",
+                "export=true",
+            ],
+            cwd=ROOT,
+            stdout=told,
+            stderr=subprocess.STDOUT,
+        )
+        deadline = time.monotonic() + 90
+        while len(points(stopped / "metrics.csv", "train/loss")) < 5 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        family = psutil.Process(run.pid).children(recursive=True)
+        (run if whom == "parent" else family[0]).send_signal(signal.SIGTERM)
+        assert run.wait(60) == 143
+        assert not psutil.wait_procs(family, timeout=30)[1]
+        told.seek(0)
+        text = told.read()
+    assert "Asked to end by SIGTERM after step" in text and "Traceback" not in text, text
+    saved = read_manifest(stopped / "checkpoints/preempted.ckpt")
+    assert 5 <= saved.step < 40 and not verify(stopped / "checkpoints/preempted.ckpt")
+    assert not (stopped / "export").exists()
+    told_again = train(stopped, *long)
+    assert "checkpoints/preempted.ckpt" in told_again
+    wanted, found = tensors(straight), tensors(stopped)
+    assert all(torch.equal(wanted[name], found[name]) for name in wanted)
+    for key in ("train/loss", "val/loss"):
+        assert points(stopped / "metrics.csv", key) == points(straight / "metrics.csv", key)
