@@ -112,6 +112,7 @@ def rounds(number: int, steps: int, longest: float, seed: int, place: Path, more
     wanted = tensors(straight)
     differing = [name for name in wanted if name not in same or not torch.equal(wanted[name], same[name])]
     losses = points(straight / "metrics.csv", "train/loss"), points(killed / "metrics.csv", "train/loss")
+    unlike = sorted(set(losses[0]) ^ set(losses[1]))
     return {
         "kills": kills,
         "of_the_parent": sum(one["killed"] == "parent" for one in lives),
@@ -122,6 +123,7 @@ def rounds(number: int, steps: int, longest: float, seed: int, place: Path, more
         "tensors_compared": len(wanted),
         "tensors_that_differ": differing,
         "losses_equal": losses[0] == losses[1] and len(losses[0]) == steps,
+        "losses_that_differ": unlike[:20],
     }
 
 

@@ -98,6 +98,18 @@ class CSVMetrics(Logger):
             self._replace(columns, kept)
 
     @rank_zero_only
+    def add_missing(self, row: Mapping[str, float]) -> None:
+        """Log `row`, which has its `step`, unless a row of that step with one of its metrics is there."""
+        names = row.keys() - {"step", "epoch"}
+        if self.path.exists():
+            with self.path.open(newline="", encoding="utf-8") as file:
+                for old in csv.DictReader(file):
+                    if old["step"] == str(row["step"]) and any(old.get(name) for name in names):
+                        return
+        self.log_metrics({name: value for name, value in row.items() if name != "step"}, int(row["step"]))
+        self.save()
+
+    @rank_zero_only
     def finalize(self, status: str) -> None:
         """Write what is left at the end of a trainer call."""
         self._failed = False

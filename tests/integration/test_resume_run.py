@@ -103,6 +103,31 @@ def test_rows_after_the_resumed_step_are_cut(tmp_path: Path) -> None:
     assert points(logger.path, "train/loss")[-1] == (4, 7.0)
 
 
+def test_a_row_that_a_kill_took_comes_back_from_the_checkpoint(tmp_path: Path) -> None:
+    """A step's row is written after its checkpoint: what a kill between the two loses must come back."""
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    one = ["trainer.devices=1"]
+    train(straight, "trainer.max_steps=10", *one)
+    train(killed, "trainer.max_steps=8", *one)
+    metrics = killed / "metrics.csv"
+    lines = metrics.read_text().splitlines(keepends=True)
+    step = lines[0].split(",").index("step")
+    metrics.write_text("".join(line for line in lines if line.split(",")[step] != "7"))
+    assert points(metrics, "train/loss")[-1][0] == 7
+    train(killed, "trainer.max_steps=10", *one)
+    for key in ("train/loss", "val/loss"):
+        assert points(metrics, key) == points(straight / "metrics.csv", key)
+
+
+def test_a_row_that_is_there_is_not_added_again(tmp_path: Path) -> None:
+    logger = CSVMetrics(tmp_path / "metrics.csv")
+    logger.add_missing({"step": 0, "epoch": 0, "train/loss": 0.5})
+    logger.add_missing({"step": 0, "epoch": 0, "train/loss": 0.5})
+    logger.log_metrics({"val/loss": 2.0, "epoch": 0}, step=1)
+    logger.add_missing({"step": 1, "epoch": 0, "train/loss": 0.25})
+    assert points(logger.path, "train/loss") == [(1, 0.5), (2, 0.25)]
+
+
 def test_the_loss_curve_begins_with_what_was_logged(tmp_path: Path) -> None:
     logger, curve = CSVMetrics(tmp_path / "metrics.csv"), LossCurve(tmp_path / "loss.png")
     for step in range(5):
