@@ -17,6 +17,7 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from types import ModuleType
 from typing import Any, Protocol, cast
 
@@ -37,6 +38,8 @@ _CANN_LIBRARIES = ("libhccl.so", "libascendcl.so")
 _SET_ENV = "source /usr/local/Ascend/ascend-toolkit/set_env.sh"
 _DEVICE_FILES = "/dev/davinci[0-9]*"
 _AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
+# torch's default, by which torch_npu takes it that nobody chose: it waits HCCL's execution time-out and half an hour.
+_NOBODYS_TIMEOUT = timedelta(minutes=30)
 
 
 class RuntimeModule(Protocol):
@@ -73,6 +76,37 @@ class _Cpu:
 def backend_for(device_type: str) -> str:
     """The process group's backend, as `init_process_group` wants it named. Raises DeviceError for an unknown device."""
     return _BACKENDS[_known(device_type)]
+
+
+def group_timeout(device_type: str, timeout: timedelta) -> timedelta:
+    """The time-out to ask for so that a group of this device type waits for `timeout`."""
+    if device_type == NPU and timeout == _NOBODYS_TIMEOUT:
+        return timeout + timedelta(milliseconds=1)
+    return timeout
+
+
+def group_options(device_type: str, *, timeout: timedelta, buffer_mb: int | None = None) -> tuple[str, Any] | None:
+    """Backend and options of a group beside the default one, as `init_device_mesh` takes them; None: torch's own.
+
+    timeout:   of each collective; left to itself, a mesh gives its groups torch's default and not the run's.
+    buffer_mb: MB of one of the group's two buffers on npu; None is what the environment says. Unused elsewhere.
+    """
+    timeout = group_timeout(_known(device_type), timeout)
+    if device_type == "cpu":
+        from torch.distributed import ProcessGroupGloo
+
+        options = cast(Any, ProcessGroupGloo)._Options()
+        options._timeout = timeout
+        return backend_for(device_type), options
+    if device_type == NPU:
+        # Where the default group is bound to a device, a mesh would split it, which hccl cannot; with options it
+        # makes new groups.
+        options = cast(Any, import_torch_npu())._C._distributed_c10d.ProcessGroupHCCL.Options()
+        options._timeout = timeout
+        if buffer_mb is not None:
+            options.hccl_config = {"hccl_buffer_size": buffer_mb}
+        return backend_for(device_type), options
+    return None
 
 
 def supported_precisions(device_type: str) -> tuple[str, ...]:

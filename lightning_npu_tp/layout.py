@@ -12,9 +12,12 @@ Source: the two-view layout is the one of Megatron-LM's expert parallelism and o
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Literal
 
+from lightning_npu_tp.device import group_options
 from lightning_npu_tp.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -51,6 +54,11 @@ class Layout:
     def expert_replicas(self) -> int:
         """Number of ranks that hold the same experts."""
         return self.world // self.expert
+
+    @property
+    def has_axis_of_all(self) -> bool:
+        """Whether the ranks of some axis are all ranks, whose default group then carries what that axis does."""
+        return self.world in (self.data, self.tensor, self.expert_replicas, self.expert)
 
     @classmethod
     def resolve(cls, *, world: int, data: Size = "auto", tensor: Size = "auto", expert: Size = "auto") -> Layout:
@@ -130,15 +138,38 @@ class Meshes:
     expert: DeviceMesh
 
     @classmethod
-    def build(cls, layout: Layout, device_type: str) -> Meshes:
-        """Create the meshes; the default process group must exist and have `layout.world` ranks."""
+    def build(
+        cls,
+        layout: Layout,
+        device_type: str,
+        *,
+        timeout: timedelta = timedelta(minutes=30),
+        buffers_mb: Mapping[str, int] | None = None,
+    ) -> Meshes:
+        """Create the meshes; the default process group must exist and have `layout.world` ranks.
+
+        An axis of all ranks uses the default group, with what that was opened with.
+        timeout:    of the collectives of the other groups.
+        buffers_mb: axis -> MB of a buffer of its groups, on npu; what is not named has the environment's.
+        """
         from torch.distributed.device_mesh import init_device_mesh
 
-        dense = init_device_mesh(device_type, (layout.data, layout.tensor), mesh_dim_names=(DATA_AXIS, TENSOR_AXIS))
-        expert = init_device_mesh(
-            device_type, (layout.expert_replicas, layout.expert), mesh_dim_names=(EXPERT_REPLICA_AXIS, EXPERT_AXIS)
+        def mesh(sizes: dict[str, int]) -> DeviceMesh:
+            options: dict[Any, Any] = {
+                axis: group_options(device_type, timeout=timeout, buffer_mb=(buffers_mb or {}).get(axis))
+                for axis, size in sizes.items()
+                if size < layout.world
+            }
+            chosen = {axis: option for axis, option in options.items() if option is not None}
+            return init_device_mesh(
+                device_type, tuple(sizes.values()), mesh_dim_names=tuple(sizes), backend_override=chosen
+            )
+
+        return cls(
+            layout=layout,
+            dense=mesh({DATA_AXIS: layout.data, TENSOR_AXIS: layout.tensor}),
+            expert=mesh({EXPERT_REPLICA_AXIS: layout.expert_replicas, EXPERT_AXIS: layout.expert}),
         )
-        return cls(layout=layout, dense=dense, expert=expert)
 
     @property
     def tensor_group(self) -> ProcessGroup:

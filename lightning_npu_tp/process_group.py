@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.environments import ClusterEnvironment
 
+from lightning_npu_tp.device import NPU, group_options, group_timeout
 from lightning_npu_tp.host_watch import HostWatch, meet_hosts
 
 _Key = tuple[str, str, int, int]
@@ -27,12 +28,18 @@ _watch: HostWatch | None = None
 
 
 def open_process_group(
-    environment: ClusterEnvironment, *, backend: str, timeout: timedelta, device: torch.device
+    environment: ClusterEnvironment,
+    *,
+    backend: str,
+    timeout: timedelta,
+    device: torch.device,
+    buffer_mb: int | None = None,
 ) -> None:
     """Make a default process group of all ranks; every rank calls it the same number of times.
 
     backend: as torch.distributed names it, e.g. "gloo" or "cpu:gloo,npu:hccl".
     timeout: of each collective, and of meeting the other ranks.
+    buffer_mb: of one of the group's two buffers, on npu; None is what the environment says.
     Raises ConfigError on every rank if the ranks of a host are not consecutive.
     """
     global _watch
@@ -47,13 +54,15 @@ def open_process_group(
             _stores[key] = next(iter(meeting))[0]
         _generations[key] += 1
         store = dist.PrefixStore(f"lightning_npu_tp/{_generations[key]}", _stores[key])
+    options = group_options(device.type, timeout=timeout, buffer_mb=buffer_mb) if device.type == NPU else None
     dist.init_process_group(
         backend,
         store=store,
         rank=rank,
         world_size=world,
-        timeout=timeout,
+        timeout=group_timeout(device.type, timeout),
         device_id=None if device.type == "cpu" else device,
+        pg_options=None if options is None else options[1],
     )
     if world > 1:
         _watch = meet_hosts(environment, store)

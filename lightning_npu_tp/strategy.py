@@ -275,11 +275,19 @@ class NPUTensorParallelStrategy(CheckpointHooks):
                 rank_zero_info(line)
         backend = self._backend or backend_for(self.root_device.type)
         assert self.cluster_environment is not None
-        open_process_group(self.cluster_environment, backend=backend, timeout=self._timeout, device=self.root_device)
+        hccl = self._hccl or HcclSettings()
+        buffers_mb = hccl.buffers_mb(has_axis_of_all=self.layout.has_axis_of_all)
+        open_process_group(
+            self.cluster_environment,
+            backend=backend,
+            timeout=self._timeout,
+            device=self.root_device,
+            buffer_mb=buffers_mb.pop("world", None),
+        )
         module = self.lightning_module
         if module is not None and module._trainer is not None:
             require_agreement(run_settings(module.trainer, module, self))
-        meshes = Meshes.build(self.layout, self.root_device.type)
+        meshes = Meshes.build(self.layout, self.root_device.type, timeout=self._timeout, buffers_mb=buffers_mb)
         for groups in (self._groups, *self._adopted):
             groups.bind(meshes)
 

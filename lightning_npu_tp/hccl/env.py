@@ -22,6 +22,10 @@ ALLOC_CONF = "PYTORCH_NPU_ALLOC_CONF"
 _OTHER_ALLOC_CONF = "PYTORCH_ALLOC_CONF"
 _DEFAULT_EXEC_TIMEOUT_S = 1836
 _DEFAULT_EVENT_TIMEOUT_S = 1868
+# The groups of a run: all ranks, and the axes of the layout.
+GROUPS = ("world", "data_parallel", "tensor_parallel", "expert_replica", "expert_parallel")
+# Where every axis has groups of its own, the group of all ranks adds up single numbers: norms, flags, counts.
+_SMALL_BUFFER_MB = 16
 
 # Names that circulate, which neither library reads: setting them does nothing.
 NOT_A_VARIABLE = {
@@ -66,6 +70,9 @@ class HcclSettings:
     # --- communication ---
     # MB of one buffer [200]; every communicator has two.
     buffer_mb: int | None = _variable("HCCL_BUFFSIZE", 1)
+    # The same for the groups named, of: world, data_parallel, tensor_parallel, expert_replica, expert_parallel.
+    # Not named: buffer_mb; for world, where no axis has all ranks, 16.
+    group_buffers_mb: Mapping[str, int] = field(default_factory=dict)
     # Whether the list of allowed hosts is not checked [true].
     whitelist_disable: bool | None = _switch("HCCL_WHITELIST_DISABLE")
     # Address, or name of the network interface, by which hosts talk [chosen by HCCL]. One of the two.
@@ -114,7 +121,16 @@ class HcclSettings:
             if setting.metadata and getattr(self, setting.name) is not None:
                 _check(setting.name, getattr(self, setting.name), **_limits(setting.metadata))
         self._check_combinations()
+        self._check_groups()
         self._check_extra()
+
+    def buffers_mb(self, *, has_axis_of_all: bool) -> dict[str, int]:
+        """Group -> MB of each of its two buffers, for groups that have another size than the environment says.
+
+        has_axis_of_all: whether the world's group is also that of an axis, and carries as much.
+        """
+        small = _SMALL_BUFFER_MB if self.buffer_mb is None else min(_SMALL_BUFFER_MB, self.buffer_mb)
+        return ({} if has_axis_of_all else {"world": small}) | dict(self.group_buffers_mb)
 
     def to_environment(self) -> dict[str, str]:
         """The variables that these settings stand for; nothing for a field that is None."""
@@ -175,6 +191,12 @@ class HcclSettings:
                 f"hccl.op_cache_dir={self.op_cache_dir!r} has no effect without a mode. "
                 f"Set hccl.op_cache_mode to 'enable'."
             )
+
+    def _check_groups(self) -> None:
+        for name, size in self.group_buffers_mb.items():
+            if name not in GROUPS:
+                raise ConfigError(f"hccl.group_buffers_mb names {name!r}, which is no group. Name one of {GROUPS}.")
+            _check(f"group_buffers_mb.{name}", size, low=1, high=None, values=())
 
     def _check_extra(self) -> None:
         names = {s.metadata["variable"]: s.name for s in fields(self) if "variable" in s.metadata}

@@ -55,6 +55,8 @@ VARIABLES = [
         {"PYTORCH_NPU_ALLOC_CONF": "max_split_size_mb:128,garbage_collection_threshold:0.8"},
     ),
     ({"extra": {"ASCEND_GLOBAL_LOG_LEVEL": 3}}, {"ASCEND_GLOBAL_LOG_LEVEL": "3"}),
+    # Options of each group, no variable.
+    ({"group_buffers_mb": {"world": 8}}, {}),
 ]
 
 
@@ -79,6 +81,11 @@ def test_settings_left_alone_set_nothing():
         ({"connect_timeout_s": 7201}, "120 to 7200"),
         ({"exec_timeout_s": -1}, "0 or more"),
         ({"buffer_mb": 0}, "1 or more"),
+        (
+            {"group_buffers_mb": {"tensor": 64}},
+            "names 'tensor', which is no group. Name one of ('world',",
+        ),
+        ({"group_buffers_mb": {"world": 0}}, "hccl.group_buffers_mb.world=0 is out of range"),
         ({"task_queue": 3}, "0 to 2"),
         ({"cpu_affinity": 3}, "0 to 2"),
         ({"async_error_handling": 4}, "0 to 3"),
@@ -110,6 +117,14 @@ def test_settings_left_alone_set_nothing():
 def test_what_the_library_would_ignore_or_replace_is_refused(settings, words):
     with pytest.raises(ConfigError, match=re.escape(words)):
         HcclSettings(**settings)
+
+
+def test_the_group_of_all_ranks_has_small_buffers_unless_an_axis_uses_it_or_the_user_says_otherwise():
+    assert HcclSettings().buffers_mb(has_axis_of_all=False) == {"world": 16}
+    assert HcclSettings(buffer_mb=8).buffers_mb(has_axis_of_all=False) == {"world": 8}
+    assert HcclSettings().buffers_mb(has_axis_of_all=True) == {}
+    settings = HcclSettings(group_buffers_mb={"world": 64, "expert_parallel": 400})
+    assert settings.buffers_mb(has_axis_of_all=False) == {"world": 64, "expert_parallel": 400}
 
 
 def test_what_the_user_exported_wins_and_is_reported():
