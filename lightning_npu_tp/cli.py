@@ -14,10 +14,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from lightning_npu_tp.commands.audit import audit
+from lightning_npu_tp.commands.check import check as check_command
 from lightning_npu_tp.commands.doctor import doctor
 from lightning_npu_tp.commands.download import download
 from lightning_npu_tp.commands.export import export
 from lightning_npu_tp.commands.inspect import inspect
+from lightning_npu_tp.commands.rehearse import rehearse
 from lightning_npu_tp.commands.show_data import show_data
 from lightning_npu_tp.errors import ConfigError, LightningNPUTPError, RankFailure
 from lightning_npu_tp.model_config import read_model_config
@@ -108,7 +111,7 @@ def proof_table(proof: Any) -> Table:
     return table
 
 
-for command in (doctor, download, export, inspect):
+for command in (audit, check_command, doctor, download, export, inspect, rehearse):
     app.command()(command)
 # What follows are the settings of the project's own script.
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(show_data)
