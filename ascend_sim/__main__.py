@@ -1,0 +1,69 @@
+"""`python -m ascend_sim run -n 4 [options] train.py ARGS`: a Python program as it is, on the simulated card.
+
+The program takes this process's place, so its exit code and the signals it gets are its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+import ascend_sim
+from ascend_sim import faults
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m ascend_sim", description="The real torch_npu on a simulated card.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser(
+        "run",
+        usage="python -m ascend_sim run [options] (SCRIPT | -m MODULE) [ARGS …]",
+        help="run a Python script or module; everything it starts sees the simulated card too",
+    )
+    run.add_argument("-n", "--devices", type=int, help="devices of this machine (4)")
+    run.add_argument("--memory-gib", type=float, help="memory of each device in GiB (64)")
+    run.add_argument("--soc", help="name of the chip (Ascend910B3)")
+    run.add_argument("--cann", help="version of CANN that torch_npu is told (8.5.0)")
+    run.add_argument("--no-check-streams", action="store_true", help="do not look for missing synchronisation")
+    run.add_argument("--delay-us", type=int, help="how late queued copies and collectives run, in microseconds (0)")
+    run.add_argument("--fault", action="append", default=[], help="NAME:key=value,… as in ascend_sim/faults.py")
+    run.add_argument("--report-dir", help="folder for one JSON report per process")
+    run.add_argument("program", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    commands.add_parser("build", help="build the libraries now and print their folder")
+    return parser
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command; `run` does not return."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        if options.command == "build":
+            print(ascend_sim.build.libraries())
+            return 0
+        program = options.program[1:] if options.program[:1] == ["--"] else options.program
+        if not program:
+            parser.error("run needs a script, or -m and a module")
+        if options.report_dir:
+            os.environ["ASCEND_SIM_REPORT_DIR"] = os.path.abspath(options.report_dir)
+        if options.fault:
+            before = [os.environ[faults.VARIABLE]] if os.environ.get(faults.VARIABLE) else []
+            os.environ[faults.VARIABLE] = ";".join([*before, *options.fault])
+        ascend_sim.install(
+            options.devices,
+            options.memory_gib,
+            options.soc,
+            cann=options.cann,
+            check_streams=False if options.no_check_streams else None,
+            delay_us=options.delay_us,
+        )
+    except (ascend_sim.BuildError, ascend_sim.SimulatorError, ValueError) as error:
+        print(f"ascend_sim: {error}", file=sys.stderr)
+        return 2
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, *program])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
