@@ -163,5 +163,6 @@ def _run(command: list[str]) -> None:
         if "No space left" in done.stderr:
             raise OSError(28, "No space left on device")
         raise BuildError(
-            f"ascend_sim does not compile here; `{' '.join(command)}` ended with {done.returncode}:\n{done.stderr[-4000:]}"
+            f"ascend_sim does not compile here; `{' '.join(command)}` ended with {done.returncode}:\n"
+            f"{done.stderr[-4000:]}"
         )

@@ -1,5 +1,6 @@
 """Runs at the start of every Python that inherits the simulated card; then the sitecustomize that it hides, if any."""
 
+import importlib.util
 import os
 import sys
 
@@ -17,8 +18,6 @@ def _hook():
 
 
 def _next():
-    import importlib.machinery
-
     here = os.path.dirname(os.path.abspath(__file__))
     elsewhere = [folder for folder in sys.path if os.path.abspath(folder or os.getcwd()) != here]
     spec = importlib.machinery.PathFinder.find_spec("sitecustomize", elsewhere)
