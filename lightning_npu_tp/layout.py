@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_npu_tp.device import group_options
@@ -131,6 +132,8 @@ class Meshes:
 
     dense:  [data, tensor], for every parameter that is no expert.
     expert: [expert_replica, expert], for stacked expert parameters.
+
+    The groups are looked up once: a mesh searches its ranks on every question.
     """
 
     layout: Layout
@@ -171,17 +174,17 @@ class Meshes:
             expert=mesh({EXPERT_REPLICA_AXIS: layout.expert_replicas, EXPERT_AXIS: layout.expert}),
         )
 
-    @property
+    @cached_property
     def tensor_group(self) -> ProcessGroup:
         """Ranks that hold the slices of one dense parameter and see the same tokens."""
         return self.dense[TENSOR_AXIS].get_group()
 
-    @property
+    @cached_property
     def data_group(self) -> ProcessGroup:
         """Ranks that hold the same dense slice and see different tokens."""
         return self.dense[DATA_AXIS].get_group()
 
-    @property
+    @cached_property
     def expert_group(self) -> ProcessGroup:
         """Ranks among which the experts are divided."""
         return self.expert[EXPERT_AXIS].get_group()

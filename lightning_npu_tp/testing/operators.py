@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 HOST_SYNC: Literal["host sync"] = "host sync"
 DYNAMIC_SHAPE: Literal["dynamic shape"] = "dynamic shape"
@@ -56,7 +57,7 @@ _PYTHON_HOST_SYNCS = {
 # Those written in C: seen where Python calls them, in a backward pass as well, which no function mode reaches.
 _UNDISPATCHED = ("tolist", "numpy", "cpu")
 # Frames in here, `float64_reference` included, only pass a call on.
-_NOT_CALLERS = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+NOT_CALLERS = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
 
 
 @dataclass(frozen=True)
@@ -74,12 +75,15 @@ class Sighting:
 class CountOperators(TorchDispatchMode):
     """While inside, count every operator and keep a `Sighting` of each that stalls.
 
+    device_type: only calls with a tensor there stall it; None counts those on any device, for runs on a CPU that
+        stand for runs on a card.
     counts:    calls by operator name, such as "aten::mm".
     sightings: in the order of the calls.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device_type: str | None = None) -> None:
         super().__init__()
+        self.device_type = device_type
         self.counts: Counter[str] = Counter()
         self.sightings: list[Sighting] = []
         self._python_calls = _PythonCalls(self)
@@ -104,19 +108,27 @@ class CountOperators(TorchDispatchMode):
         kwargs = kwargs or {}
         name = func._schema.name
         self.counts[name] += 1
-        kind = _kind(name, func._overloadname, args, kwargs)
-        if kind is not None:
+        kind = stall_kind(name, func._overloadname, args, kwargs)
+        if kind is not None and (self.device_type is None or any(map(self._is_there, tree_leaves((args, kwargs))))):
             self.record(kind, name)
         return func(*args, **kwargs)
+
+    def _is_there(self, value: Any) -> bool:
+        return isinstance(value, Tensor) and value.device.type == self.device_type
 
     def _profile(self, frame: FrameType, event: str, function: Any) -> None:
         if event == "c_call" and getattr(function, "__name__", "") in _UNDISPATCHED:
             tensor = getattr(function, "__self__", None)
             if isinstance(tensor, Tensor) and not self._python_calls.is_passing_on:
-                self.record(HOST_SYNC, f"Tensor.{function.__name__}")
+                self.record(HOST_SYNC, f"Tensor.{function.__name__}", tensor)
 
-    def record(self, kind: Literal["host sync", "dynamic shape"], operator: str) -> None:
-        """Keep a sighting of `operator`, called by the innermost Python line outside torch and this kit."""
+    def record(self, kind: Literal["host sync", "dynamic shape"], operator: str, tensor: Tensor | None = None) -> None:
+        """Keep a sighting of `operator`, called by the innermost Python line outside torch and this kit.
+
+        tensor: what is read, where Python calls it.
+        """
+        if self.device_type is not None and tensor is not None and not self._is_there(tensor):
+            return
         self.sightings.append(Sighting(kind, operator, _caller()))
 
     def found(self, *, exclude: Sequence[str] = ()) -> list[Sighting]:
@@ -140,7 +152,7 @@ class _PythonCalls(TorchFunctionMode):
             name = "Tensor.to('cpu')"
         # The methods written in C have been seen before they came here.
         if name is not None and name.removeprefix("Tensor.") not in _UNDISPATCHED:
-            self.counter.record(HOST_SYNC, name)
+            self.counter.record(HOST_SYNC, name, args[0])
         self.is_passing_on = name is not None
         try:
             return func(*args, **kwargs)
@@ -148,9 +160,10 @@ class _PythonCalls(TorchFunctionMode):
             self.is_passing_on = False
 
 
-def _kind(
+def stall_kind(
     name: str, overload: str, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Literal["host sync", "dynamic shape"] | None:
+    """What kind of stall a call is, if any; name without overload, such as "aten::nonzero"."""
     if name in _HOST_SYNCS:
         return HOST_SYNC
     if name in _DYNAMIC_SHAPES:
@@ -168,7 +181,7 @@ def _caller() -> str:
     frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         file = frame.f_code.co_filename
-        if not file.startswith(_NOT_CALLERS):
+        if not file.startswith(NOT_CALLERS):
             line = linecache.getline(file, frame.f_lineno).strip()
             return f"{file}:{frame.f_lineno} in {frame.f_code.co_name}: {line}"
         frame = frame.f_back
