@@ -145,6 +145,17 @@ std::vector<Access> both(std::vector<Access> some, const std::vector<Access>& ot
   return some;
 }
 
+int give_root(const char* api, RootInfo* root) {
+  return entry(api, [&](const char* name) {
+    if (!root) refuse(kNullPointer, name, "rootInfo", "null", "it is needed.");
+    const Address address = make_memory();
+    std::memset(root, 0, sizeof(*root));
+    std::memcpy(root, &address, sizeof(address));
+    std::lock_guard<std::mutex> guard(handles_mutex);
+    roots[address.nonce] = address;
+  });
+}
+
 int connect_as(const char* api, uint32_t num_ranks, const void* root, uint32_t rank, const CommConfig* config, void** comm) {
   return entry(api, [&](const char* name) {
     if (!root || !comm) refuse(kNullPointer, name, "rootInfo, comm", "null", "they are needed.");
@@ -189,18 +200,8 @@ int all_to_all_parts(const char* api, Op op, void* comm_handle, void* stream, co
 
 // Communicators
 
-HCCL_API int HcclGetRootInfo(RootInfo* root) {
-  return entry(__func__, [&](const char* api) {
-    if (!root) refuse(kNullPointer, api, "rootInfo", "null", "it is needed.");
-    const Address address = make_memory();
-    std::memset(root, 0, sizeof(*root));
-    std::memcpy(root, &address, sizeof(address));
-    std::lock_guard<std::mutex> guard(handles_mutex);
-    roots[address.nonce] = address;
-  });
-}
-
-HCCL_API int HcclGetRootInfoScalable(RootInfo* root) { return HcclGetRootInfo(root); }
+HCCL_API int HcclGetRootInfo(RootInfo* root) { return give_root(__func__, root); }
+HCCL_API int HcclGetRootInfoScalable(RootInfo* root) { return give_root(__func__, root); }
 
 HCCL_API int HcclCommInitRootInfo(uint32_t num_ranks, const RootInfo* root, uint32_t rank, void** comm) {
   return connect_as(__func__, num_ranks, root, rank, nullptr, comm);

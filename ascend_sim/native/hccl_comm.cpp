@@ -14,9 +14,7 @@
 #include "hccl_text.h"
 #include "sim.h"
 
-// The runtime's, beside sim.h: a communicator's buffers are memory of the card as anybody else's.
-extern "C" int aclrtMalloc(void** address, size_t bytes, int policy);
-extern "C" int aclrtFree(void* address);
+// The runtime's, beside sim.h.
 extern "C" const char* aclGetRecentErrMsg();
 
 namespace hccl {
@@ -104,8 +102,9 @@ Comm::Comm(std::unique_ptr<Shared> shared, uint32_t num_ranks, uint32_t rank, co
 }
 
 Comm::~Comm() {
-  shared_->cell(rank_).presence = Presence::kLeft;
-  shared_->header().rounds.ring();
+  // One that never joined, or gave up, must not look as if it had been there.
+  Presence joined = Presence::kJoined;
+  shared_->cell(rank_).presence.compare_exchange_strong(joined, Presence::kLeft);
 }
 
 int Comm::launch(void* stream, const Issue& issue, const std::vector<Access>& accesses, std::function<void()> body) {
@@ -167,8 +166,8 @@ int Comm::execute(Ticket& ticket, const std::function<void()>& body) {
 }
 
 void Comm::disturb(const Ticket& ticket) {
-  // Where the work runs, as "HcclAllReduce.run": a peer that hangs, dies or fails on its card while its host goes on.
-  const std::string point = std::string(api_of(issue_.op)) + ".run";
+  // Where the work runs, as "hccl.HcclAllReduce": a peer that hangs, dies or fails on its card while its host goes on.
+  const std::string point = std::string("hccl.") + api_of(issue_.op);
   if (const int code = ascend_sim_fault(point.c_str())) throw Failure{kInternal, code, aclGetRecentErrMsg()};
   const auto begin = Clock::now();
   while (seconds_since(begin) < ticket.link_s() && !closing_) {
@@ -327,8 +326,7 @@ void Comm::destroy() {
   lock.unlock();
   shared_->header().rounds.ring();
   shared_->header().mail.ring();
-  if (buffers_) aclrtFree(buffers_);
-  buffers_ = nullptr;
+  buffers_->give_back();
 }
 
 }  // namespace hccl

@@ -60,6 +60,19 @@ struct Access {
   bool writes;
 };
 
+// What a communicator takes of the card: twice the size that its configuration or HCCL_BUFFSIZE says. Memory of the card as
+// anybody else's, which nothing here touches.
+class Buffers {
+ public:
+  explicit Buffers(const CommConfig* config);
+  ~Buffers() { give_back(); }
+  Buffers(const Buffers&) = delete;
+  void give_back();
+
+ private:
+  void* address_ = nullptr;
+};
+
 class Comm : public std::enable_shared_from_this<Comm> {
  public:
   // Meet the other ranks within HCCL_CONNECT_TIMEOUT; throws Failure.
@@ -105,7 +118,6 @@ class Comm : public std::enable_shared_from_this<Comm> {
  private:
   class Ticket;
   Comm(std::unique_ptr<Shared> shared, uint32_t num_ranks, uint32_t rank, const CommConfig* config);
-  void take_buffers(const CommConfig* config);
   void join(double timeout_s, bool unreachable);
   int execute(Ticket& ticket, const std::function<void()>& body);
   void meet();
@@ -122,7 +134,7 @@ class Comm : public std::enable_shared_from_this<Comm> {
   std::string name_;
   std::string group_;  // as counted: the user's name if there is one
   double exec_timeout_s_;
-  void* buffers_ = nullptr;
+  std::unique_ptr<Buffers> buffers_;
 
   // Of the operation under way; touched by one stream at a time.
   uint64_t num_rounds_ = 0;

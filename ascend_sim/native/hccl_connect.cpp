@@ -22,29 +22,35 @@ constexpr double kDefaultBufferMiB = 200;
 
 }  // namespace
 
-void Comm::take_buffers(const CommConfig* config) {
+Buffers::Buffers(const CommConfig* config) {
   double mib = setting("HCCL_BUFFSIZE", kDefaultBufferMiB);
   if (has(config, offsetof(CommConfig, buffer_mib)) && config->buffer_mib != kNotSet) mib = config->buffer_mib;
   if (!(mib >= 1)) {
     throw Failure{kBadParameter, 0,
-                  error_text("EI0003", "The value [" + printed(mib) + "] for [hcclBufferSize] of communicator " + name_ +
-                                           " is invalid: it is at least 1 MB.")};
+                  error_text("EI0003", "The value [" + printed(mib) + "] for [hcclBufferSize] of a communicator is invalid: "
+                                       "it is at least 1 MB.")};
   }
   // One allocation for what comes in and what goes out, as large as the card's library takes them.
-  const int code = aclrtMalloc(&buffers_, size_t(2 * mib * (1 << 20)), 0);
+  const int code = aclrtMalloc(&address_, size_t(2 * mib * (1 << 20)), 0);
   if (code != 0) {
     const std::string runtime = aclGetRecentErrMsg();
-    buffers_ = nullptr;
+    address_ = nullptr;
     throw Failure{kOutOfDeviceMemory, 0,
                   error_text("EI0007", "Failed to allocate resource [DeviceMemory] of 2 x " + printed(mib) +
-                                           " MB for communicator " + name_ + " (HCCL_BUFFSIZE, hccl_buffer_size), error " +
+                                           " MB for a communicator (HCCL_BUFFSIZE, hccl_buffer_size), error " +
                                            std::to_string(code) + ".\n" + runtime)};
   }
+}
+
+void Buffers::give_back() {
+  if (address_) aclrtFree(address_);
+  address_ = nullptr;
 }
 
 std::shared_ptr<Comm> Comm::connect(const Address& address, uint32_t num_ranks, uint32_t rank, const CommConfig* config) {
   const double timeout_s = setting("HCCL_CONNECT_TIMEOUT", kDefaultConnectTimeoutS);
   const auto begin = Clock::now();
+  auto buffers = std::make_unique<Buffers>(config);
   std::unique_ptr<Shared> shared;
   std::string why;
   while (!(shared = std::unique_ptr<Shared>(Shared::open(address, num_ranks, &why)))) {
@@ -57,13 +63,8 @@ std::shared_ptr<Comm> Comm::connect(const Address& address, uint32_t num_ranks, 
     std::this_thread::sleep_for(std::chrono::milliseconds(kPollMs));
   }
   std::shared_ptr<Comm> comm(new Comm(std::move(shared), num_ranks, rank, config));
-  comm->take_buffers(config);
-  try {
-    comm->join(timeout_s - seconds_since(begin), ascend_sim_fault("HcclConnect") != 0);
-  } catch (const Failure&) {
-    aclrtFree(comm->buffers_);
-    throw;
-  }
+  comm->buffers_ = std::move(buffers);
+  comm->join(timeout_s - seconds_since(begin), ascend_sim_fault("hccl.connect") != 0);
   return comm;
 }
 
