@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from lightning_npu_tp.checkpoint.load import LoadReport, fill, marked_folder
+from lightning_npu_tp.checkpoint.load import LoadReport, fill, is_left_to_checkpoint, marked_folder
 from lightning_npu_tp.checkpoint.peers import Peers
 from lightning_npu_tp.data_parallel import (
     DATA_PARALLEL,
@@ -267,7 +267,8 @@ def _convert_one(
     if folder is not None:
         allocate_shards(model, device)
         targets = targets_of(model, names, shapes, tied, rules, meshes, own_buffers)
-        report.loaded = fill(folder, targets, family.keys(own_config), family=family.name, peers=Peers())
+        left, keys = is_left_to_checkpoint(model), family.keys(own_config)
+        report.loaded = fill(folder, targets, keys, family=family.name, peers=Peers(), only_check=left)
     for parameter in model.parameters():
         own = local_part(parameter)
         report.local_parameters += own.numel()

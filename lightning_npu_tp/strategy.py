@@ -326,6 +326,7 @@ class NPUTensorParallelStrategy(CheckpointHooks):
         module_setup.refuse_fsdp1(module)
         if trainer._detect_anomaly:
             module_setup.let_anomaly_detection_read_shards()
+        self.leave_weights_to_checkpoint()
         self._convert_models(module)
         if self.world_size > 1:
             module_setup.share_plain_tensors(module, self.root_device)

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_npu_tp.checkpoint.files import size_in_words
@@ -27,6 +28,7 @@ from lightning_npu_tp.checkpoint.peers import PeerFailure, Peers
 from lightning_npu_tp.errors import CheckpointError, ConfigError
 
 _MARK = "_lightning_npu_tp_weights"
+_LEFT = "_lightning_npu_tp_left_to_checkpoint"
 _SHOWN = 10
 _HUGE = 2 << 20
 _LINE_EVERY_S = 10.0
@@ -50,6 +52,18 @@ def marked_folder(model: nn.Module) -> Path | None:
     return getattr(model, _MARK, None)
 
 
+def leave_to_checkpoint(root: nn.Module) -> None:
+    """Have the models in `root` that `weights_from` marked not filled: a checkpoint with every weight comes next."""
+    for module in root.modules():
+        if marked_folder(module) is not None:
+            object.__setattr__(module, _LEFT, True)
+
+
+def is_left_to_checkpoint(model: nn.Module) -> bool:
+    """Whether `leave_to_checkpoint` was called for this model."""
+    return getattr(model, _LEFT, False)
+
+
 @dataclass(frozen=True)
 class Target:
     """A parameter or buffer to fill.
@@ -70,7 +84,10 @@ class Target:
 
 @dataclass
 class LoadReport:
-    """What was read: by this rank (bytes, seconds), and of the files (tensors used, and ignored with the reason)."""
+    """What was read: by this rank (bytes, seconds), and of the files (tensors used, and ignored with the reason).
+
+    left: nothing was read, because a checkpoint has the weights; problem: what is wrong with the files, then.
+    """
 
     folder: Path
     tensors: int = 0
@@ -78,9 +95,15 @@ class LoadReport:
     seconds: float = 0.0
     ignored: dict[str, str] = field(default_factory=dict)
     absent: list[str] = field(default_factory=list)
+    left: bool = False
+    problem: str = ""
 
     def line(self) -> str:
         """One line for the start of a run."""
+        if self.left:
+            return f"of the checkpoint; those of {self.folder} are not read" + (
+                " and do not fit" if self.problem else ""
+            )
         rate = size_in_words(round(self.bytes / max(self.seconds, 1e-9)))
         text = f"{self.tensors} tensors of {self.folder}; on this rank {size_in_words(self.bytes)}, {rate}/s"
         if self.ignored:
@@ -98,16 +121,25 @@ class _Read:
     out: Tensor
 
 
-def fill(folder: Path, targets: Sequence[Target], table: KeyTable, *, family: str, peers: Peers) -> LoadReport:
+def fill(
+    folder: Path, targets: Sequence[Target], table: KeyTable, *, family: str, peers: Peers, only_check: bool = False
+) -> LoadReport:
     """Read every target's slices from the folder; every rank calls it.
 
+    only_check: compare the files' headers only, and warn of what does not fit.
     Raises CheckpointError on all ranks, naming file, tensors and repair, if it cannot be done on any.
     """
 
     def work() -> LoadReport:
         started = time.monotonic()
+        report = LoadReport(folder, left=only_check)
+        if only_check:
+            try:
+                _planned(open_folder(folder), targets, table, report, family)
+            except CheckpointError as error:
+                report.problem = str(error)
+            return report
         files = open_folder(folder)
-        report = LoadReport(folder)
         reads = _planned(files, targets, table, report, family)
         for target in targets:
             ask_for_huge_pages(target.tensor)
@@ -127,6 +159,8 @@ def fill(folder: Path, targets: Sequence[Target], table: KeyTable, *, family: st
         reports = peers.each(work)
     except PeerFailure as error:
         raise CheckpointError(f"The weights of {folder} could not be read. {error.words()}") from error
+    if problem := reports[peers.rank].problem:
+        rank_zero_warn(f"The run goes on with the weights of its checkpoint, although: {problem}")
     return reports[peers.rank]
 
 

@@ -30,7 +30,7 @@ class Nothing(dict[str, Any]):
 
 
 def asked_for(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:
-    """The word that a trainer call was given as `ckpt_path`, before Lightning makes a path of it; None for a path.
+    """What a trainer call was given as `ckpt_path`, before Lightning makes a path of auto, last or best; None for none.
 
     function, args, kwargs: what the launcher runs.
     """
@@ -38,7 +38,7 @@ def asked_for(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping
         value = inspect.signature(function).bind(*args, **kwargs).arguments.get("ckpt_path")
     except (TypeError, ValueError):
         return None
-    return value if value in (AUTO, LAST, BEST) else None
+    return None if value is None else str(value)
 
 
 def choose(trainer: Trainer, word: str, path: Path, *, checksums: bool) -> Path | None:

@@ -27,6 +27,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 
 from lightning_npu_tp.checkpoint import facts, rank_state, reader, resume, training_state, writer
+from lightning_npu_tp.checkpoint.load import leave_to_checkpoint
 from lightning_npu_tp.checkpoint.manifest import Manifest
 from lightning_npu_tp.checkpoint.peers import Peers
 from lightning_npu_tp.checkpoint.saves import Saves
@@ -76,12 +77,16 @@ class CheckpointHooks(ParallelStrategy):
     """What of the strategy concerns checkpoints. A subclass calls `_set_up_checkpoints` and has the rest."""
 
     _preemption: Preemption | None = None
-    # "auto", "last" or "best", if that is what the trainer call was given; the launcher notes it.
+    # What the trainer call was given: "auto", "last", "best" or a path; the launcher notes it.
     asked_checkpoint: str | None = None
+    # What "auto" has found, once it has looked.
+    _found: tuple[Path | None] | None = None
     # A resumed run's generators, until its first batch.
-    _resumed_state: dict[str, Any] | None = None
+    resumed_state: dict[str, Any] | None = None
     # What the first batch of an epoch is to find instead of what there is; loops.py sets it.
     state_of_first_batch: dict[str, Any] | None = None
+    # While a validation runs inside of training: the generators that training goes on with; loops.py sets it.
+    state_of_training: dict[str, Any] | None = None
     _families: Sequence[ModelFamily]
     _timeout: timedelta
 
@@ -150,6 +155,8 @@ class CheckpointHooks(ParallelStrategy):
         module = self._module
         manifest = facts.manifest_of(module.trainer, module, self.layout, self._known_families, checkpoint)
         own = rank_state.collect_rank_state(module.trainer)
+        if self.state_of_training is not None:
+            own["random"] = self.state_of_training["random"]
         if copy:
             checkpoint = checkpoint | {
                 name: training_state.detached(checkpoint[name], module, self.optimizers)
@@ -237,7 +244,8 @@ class CheckpointHooks(ParallelStrategy):
         Raises CheckpointError on every rank for a checkpoint that is incomplete, damaged or of another model.
         """
         peers, settings = Peers(), self._checkpoints
-        word, self.asked_checkpoint = self.asked_checkpoint, None
+        asked, self.asked_checkpoint = self.asked_checkpoint, None
+        word = asked if asked in (resume.AUTO, resume.LAST, resume.BEST) else None
         if word is not None:
             chosen = self._chosen(word, Path(checkpoint_path), peers)
             if chosen is None:
@@ -277,10 +285,31 @@ class CheckpointHooks(ParallelStrategy):
             self._restore_rank_state(path, manifest, None if own is None else own["ranks"], trusted, state)
         return state
 
+    def leave_weights_to_checkpoint(self) -> None:
+        """Before conversion: have no weights read from files where `load_checkpoint` brings every one of them.
+
+        That is so for a path, for "best", and for "auto" if it finds a checkpoint (of "last" Lightning says only later
+        whether there is one), unless the module lets a checkpoint lack weights (strict_loading=False).
+        """
+        asked, trainer = self.asked_checkpoint, self._module.trainer
+        self._found = None
+        if asked in (None, resume.LAST) or not self._module.strict_loading:
+            return
+        if asked == resume.AUTO:
+            checksums = self._checkpoints.verify
+            found = Peers().main(lambda: resume.choose(trainer, resume.AUTO, Path(), checksums=checksums))
+            self._found = (found,)
+            if found is None:
+                return
+        leave_to_checkpoint(self._module)
+
     def _chosen(self, word: str, path: Path, peers: Peers) -> Path | None:
         """The checkpoint that auto, last or best means; rank 0 looks, its errors are raised on every rank."""
         trainer = self._module.trainer
-        found = peers.main(lambda: resume.choose(trainer, word, path, checksums=self._checkpoints.verify))
+        (found,) = self._found or (
+            peers.main(lambda: resume.choose(trainer, word, path, checksums=self._checkpoints.verify)),
+        )
+        self._found = None
         if word == resume.AUTO:
             rank_zero_info("No complete checkpoint yet: starting anew." if found is None else f"Going on from {found}.")
         return found
@@ -308,7 +337,7 @@ class CheckpointHooks(ParallelStrategy):
             own = read(self.global_rank)
             rank_state.apply_rank_state(trainer, own)
             rank_state.use_own_loaders(checkpoint, own)
-            self._resumed_state = own
+            self.resumed_state = own
             return
         rank_state.use_common_loaders(checkpoint, [read(rank) for rank in range(manifest.world)])
         rank_zero_info(
@@ -322,8 +351,8 @@ class CheckpointHooks(ParallelStrategy):
         Inside an epoch the loaders' iterators, which are made anew, drew random numbers that the uninterrupted run drew
         earlier. At an epoch's beginning they are made in either run, and only what else drew is undone.
         """
-        inside, first = self._resumed_state, self.state_of_first_batch
-        self._resumed_state = self.state_of_first_batch = None
+        inside, first = self.resumed_state, self.state_of_first_batch
+        self.resumed_state = self.state_of_first_batch = None
         state = inside if batch_idx > 0 else first
         if state is not None:
             rank_state.apply_rank_state(self._module.trainer, state)

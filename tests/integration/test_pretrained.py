@@ -1,6 +1,7 @@
 """A run that starts from a Hugging Face folder: `model.path`.
 
-Catches weights that are not the folder's, a config that is not, and code of a folder that is run.
+Catches weights that are not the folder's, a config that is not, code of a folder that is run, and a folder that is read
+although a checkpoint takes its place.
 """
 
 from __future__ import annotations
@@ -9,16 +10,19 @@ import json
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lightning_npu_tp import NPUTensorParallelStrategy
-from lightning_npu_tp.errors import ConfigError
+from lightning_npu_tp.checkpoint import load, training_state
+from lightning_npu_tp.errors import CheckpointError, ConfigError
 from lightning_npu_tp.testing.models import tiny_config
 from lit_models.causal_lm import LitCausalLM, read_folder_config
 
@@ -115,3 +119,66 @@ def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
         LitCausalLM(path=str(tmp_path))
     with pytest.raises(ConfigError, match="set model.path to a Hugging Face folder, or both"):
         LitCausalLM()
+
+
+def fit(folder: Path, path: Any, monkeypatch: pytest.MonkeyPatch, *, strict: bool = True, steps: int = 1) -> Any:
+    """A run of one process: its trainer, its module, and the tensors that were read from the folder."""
+    found: list[str] = []
+    read = load.SliceReader.read
+
+    def noted(self: Any, stored: Any, *args: Any) -> None:
+        found.append(str(stored))
+        read(self, stored, *args)
+
+    monkeypatch.setattr(load.SliceReader, "read", noted)
+    module = LitCausalLM(path=str(folder), optimizer=partial(torch.optim.SGD, lr=0.1))
+    module.strict_loading = strict
+    trainer = Trainer(
+        accelerator="cpu", devices=1, strategy=NPUTensorParallelStrategy(), logger=False, max_steps=steps,
+        enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder.parent,
+        callbacks=[ModelCheckpoint(folder.parent / "run", save_top_k=0)], limit_val_batches=0,
+    )  # fmt: skip
+    tokens = torch.randint(0, 264, (4, 12), generator=torch.Generator().manual_seed(0))
+    loader = torch.utils.data.DataLoader([{"input_ids": row, "labels": row} for row in tokens], batch_size=2)
+    try:
+        trainer.fit(module, loader, loader, ckpt_path=path)
+    finally:
+        monkeypatch.undo()
+    return trainer, module, found
+
+
+def weights(module: LitCausalLM) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().full_tensor() for name, parameter in module.named_parameters()}
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec", "ignore:.*does not have many workers", "ignore:.*resumable")
+def test_a_resumed_run_does_not_read_the_folders_weights(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But a run whose checkpoint may lack weights does, and so does one that finds no checkpoint."""
+    saved = folder.parent / "run/one.ckpt"
+    trainer, module, found = fit(folder, "auto", monkeypatch)
+    assert found
+    with trainer.strategy.process_group():
+        trainer.save_checkpoint(saved)
+        wanted = weights(module)
+    for path in (str(saved), "auto"):
+        trainer, module, found = fit(folder, path, monkeypatch)
+        with trainer.strategy.process_group():
+            assert not found and all(torch.equal(value, wanted[name]) for name, value in weights(module).items())
+    # Without its norm, which the folder has.
+    lacking, absent = folder.parent / "lacking.ckpt", "model.model.norm.weight"
+    states = training_state.model_state
+    monkeypatch.setattr(
+        training_state, "model_state", lambda *a, **k: {n: v for n, v in states(*a, **k).items() if n != absent}
+    )
+    with trainer.strategy.process_group():
+        trainer.save_checkpoint(lacking)
+    monkeypatch.undo()
+    with pytest.raises(CheckpointError, match=f"{absent} is missing"):
+        fit(folder, str(lacking), monkeypatch)
+    trainer, module, found = fit(folder, str(lacking), monkeypatch, strict=False)
+    with trainer.strategy.process_group():
+        assert found and torch.equal(weights(module)[absent], torch.ones(64))
+    # The folder's weights are not needed any more; that they are gone is said.
+    (folder / "model.safetensors").unlink()
+    with pytest.warns(UserWarning, match="goes on with the weights of its checkpoint, although"):
+        fit(folder, str(saved), monkeypatch)
