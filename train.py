@@ -35,7 +35,7 @@ def train(config: DictConfig) -> float | None:
 
     folder = Path(config.run_dir)
     checkpoint = "auto" if goes_on(config) else config.ckpt_path
-    extra = [ContinueRun()] if checkpoint == "auto" else []
+    extra = [ContinueRun(continues=checkpoint == "auto")]
     if config.export:
         extra.append(ExportAtEnd(folder / "export" if config.export is True else config.export))
     seed_everything(config.seed, workers=True, verbose=False)

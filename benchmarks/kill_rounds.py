@@ -4,13 +4,15 @@
 
 `train.py` on two ranks with a checkpoint after every second step, so that many kills meet a save. A round starts the
 run in its folder, waits a random time, kills the parent or the second rank, and waits until no process of the run is
-left. The last life runs to its end. Weights and logged losses must be bit for bit those of a run that was never killed,
-and every life that got so far must have gone on from the newest checkpoint that was complete when it began.
+left. The last life runs to its end. Weights and logged losses, of training and of validation, must be bit for bit those
+of a run that was never killed, no row may be logged twice, and every life that got so far must have gone on from the
+newest checkpoint that was complete when it began. Every other validation falls on a step that is saved just before it.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import os
 import platform
@@ -22,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -51,6 +54,13 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
     assert newest is not None, f"no checkpoint in {folder}"
     source = FolderSource(newest)
     return {name: source.read(name, whole_bounds(shape)) for name, shape in source.shapes.items()}
+
+
+def repeated_rows(path: Path) -> list[str]:
+    """Rows of a metrics.csv that are there twice: the same step and the same metrics, whatever their values."""
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = [(row["step"], *(name for name, value in row.items() if value)) for row in csv.DictReader(file)]
+    return [" ".join(row) for row, times in Counter(rows).items() if times > 1]
 
 
 def life(folder: Path, steps: int, more: list[str], rng: random.Random, longest: float) -> dict[str, Any]:
@@ -111,8 +121,12 @@ def rounds(number: int, steps: int, longest: float, seed: int, place: Path, more
     same = {name: value for name, value in tensors(killed).items()}
     wanted = tensors(straight)
     differing = [name for name in wanted if name not in same or not torch.equal(wanted[name], same[name])]
-    losses = points(straight / "metrics.csv", "train/loss"), points(killed / "metrics.csv", "train/loss")
-    unlike = sorted(set(losses[0]) ^ set(losses[1]))
+    losses = {
+        key: [points(folder / "metrics.csv", key) for folder in (straight, killed)]
+        for key in ("train/loss", "val/loss")
+    }
+    unlike = {key: sorted(set(one) ^ set(other)) for key, (one, other) in losses.items()}
+    equal = all(one == other for one, other in losses.values())
     return {
         "kills": kills,
         "of_the_parent": sum(one["killed"] == "parent" for one in lives),
@@ -122,8 +136,10 @@ def rounds(number: int, steps: int, longest: float, seed: int, place: Path, more
         "wrong": wrong,
         "tensors_compared": len(wanted),
         "tensors_that_differ": differing,
-        "losses_equal": losses[0] == losses[1] and len(losses[0]) == steps,
-        "losses_that_differ": unlike[:20],
+        "losses_equal": equal and len(losses["train/loss"][0]) == steps and len(losses["val/loss"][0]) > 0,
+        "rows_compared": {key: len(one) for key, (one, _) in losses.items()},
+        "losses_that_differ": {key: values[:20] for key, values in unlike.items()},
+        "rows_twice": repeated_rows(killed / "metrics.csv"),
     }
 
 
@@ -150,7 +166,8 @@ def main() -> None:
     print(json.dumps(result, indent=2))
     if given.json:
         given.json.write_text(json.dumps(result, indent=2) + "\n")
-    raise SystemExit(bool(result["wrong"] or result["tensors_that_differ"] or not result["losses_equal"]))
+    bad = ("wrong", "tensors_that_differ", "rows_twice")
+    raise SystemExit(any(result[name] for name in bad) or not result["losses_equal"])
 
 
 if __name__ == "__main__":

@@ -1,8 +1,12 @@
-"""Lightning's training epoch without the stall that it puts before every batch.
+"""Lightning's training loops without the stall before every batch, and resuming where a checkpoint was really taken.
 
-To learn of a SIGTERM, Lightning broadcasts a flag over all ranks before each batch and reads it on the
-host, which drains an accelerator's queue. The launcher's signal watch ends all ranks by itself, so the
-flag has no reader here. And a validation does not change the random numbers of training.
+To learn of a SIGTERM, Lightning broadcasts a flag over all ranks before each batch and reads it on the host, which
+drains an accelerator's queue. The launcher's signal watch ends all ranks by itself, so the flag has no reader here. And
+a validation does not change the random numbers of training.
+
+A checkpoint is taken in the middle of the end of a batch: the step is made, but its validation and the schedulers that
+look at it come after. Lightning forgets them when it resumes; here the checkpoint says what is left, and the resumed
+run begins with that. What callbacks do in hooks of that batch that come after the save is lost all the same.
 """
 
 from __future__ import annotations
@@ -10,46 +14,165 @@ from __future__ import annotations
 from typing import Any
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.loops.fit_loop import _FitLoop
+from lightning.pytorch.loops.loop import _Loop
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from torch import Tensor
 
 from lightning_npu_tp.checkpoint.rank_state import apply_rank_state, collect_rank_state
 
+# What is left of the batch at which a checkpoint was taken: its validation and what follows, only what follows
+# (schedulers that look at metrics, counters), nothing.
+VALIDATION, END, NOTHING = "validation", "end", "nothing"
+
 
 class TrainingEpochLoop(_TrainingEpochLoop):
-    """Lightning's loop over the batches of an epoch; asks nobody for signals."""
+    """Lightning's loop over the batches of an epoch; asks nobody for signals, and ends the batch of a checkpoint."""
+
+    # Of the checkpoint that is resumed from, until that is done; None without one, and for one that does not say.
+    left: str | None = None
+    _batch_has_ended = True
 
     def _broadcast_sigterm_tensor(self) -> None:
         pass
 
-    def advance(self, data_fetcher: Any) -> None:
-        """One batch. A resumed run first winds the validation loop on, whose loaders draw random numbers."""
+    # --- what a checkpoint says ----------------------------------------------------------------
+
+    def on_save_checkpoint(self) -> dict[str, Any]:
+        """Lightning's state, what is left of this batch, and the metrics that callbacks and schedulers look at."""
+        state: dict[str, Any] = super().on_save_checkpoint()
+        if (left := self._left_now()) is not None:
+            metrics = self.trainer.callback_metrics
+            state["left"] = left
+            state["metrics"] = {name: value.detach().cpu().clone() for name, value in metrics.items()}
+        return state
+
+    def _left_now(self) -> str | None:
+        current: Any = self.batch_progress.current
+        if current.processed < current.ready:
+            # Inside a step: it is made again.
+            return None
+        if self._batch_has_ended:
+            return NOTHING
+        if self.trainer.validating:
+            # Its metrics are known and logged by then.
+            return END if self.trainer.lightning_module._current_fx_name == "on_validation_end" else VALIDATION
+        return VALIDATION if self._should_check_val_fx(self.trainer.fit_loop._data_fetcher) else END  # type: ignore[arg-type]
+
+    def on_load_checkpoint(self, state_dict: dict[str, Any]) -> None:
+        """Takes the same back; the progress of this loop has been loaded."""
+        super().on_load_checkpoint(state_dict)
+        self.left = state_dict.get("left")
+        if self.left is None:
+            return
+        total: Any = self.batch_progress.total
+        if total.completed < total.processed:
+            # Lightning would end its epoch with it, too.
+            self.batch_progress.increment_completed()
+        device = self.trainer.strategy.root_device
+        metrics: dict[str, Tensor] = {name: value.to(device) for name, value in state_dict["metrics"].items()}
+        self.trainer._logger_connector._callback_metrics.update(metrics)
+
+    @property
+    def has_something_left(self) -> bool:
+        """Whether the batch of the checkpoint is still to be ended."""
+        return self.left in (VALIDATION, END)
+
+    # --- a batch -------------------------------------------------------------------------------
+
+    @property
+    def _is_validation_done(self) -> bool:
+        return super()._is_validation_done if self.left is None else not self.has_something_left
+
+    def _should_check_val_fx(self, data_fetcher: Any) -> bool:
+        return super()._should_check_val_fx(data_fetcher) if self.left is None else self.left == VALIDATION
+
+    def _should_accumulate(self) -> bool:
+        # A step was made at that batch, also where this run has another window.
+        return not self.has_something_left and super()._should_accumulate()
+
+    def run(self, data_fetcher: Any) -> None:
+        """The batches of an epoch, or what is left of them."""
         strategy: Any = self.trainer.strategy
-        if self.restarting and self._should_check_val_fx(data_fetcher) and hasattr(strategy, "state_of_first_batch"):
+        if self.restarting and self.left is not None and getattr(strategy, "resumed_state", None) is not None:
+            # Making the loaders has drawn numbers.
+            apply_rank_state(self.trainer, strategy.resumed_state)
+        super().run(data_fetcher)
+
+    def advance(self, data_fetcher: Any) -> None:
+        """One batch, or the end of the one of the checkpoint."""
+        strategy: Any = self.trainer.strategy
+        if self.has_something_left:
+            # Lightning would go on in the middle of a validation, whose metrics are not in the checkpoint.
+            self.val_loop.restarting = False
+            return
+        if self.left is not None:
+            self.restarting = False
+            self.left = None
+        elif self.restarting and self._should_check_val_fx(data_fetcher) and hasattr(strategy, "state_of_first_batch"):
+            # A checkpoint of before: Lightning winds the validation loop on, whose loaders draw random numbers.
             strategy.state_of_first_batch = collect_rank_state(self.trainer)
+        self._batch_has_ended = False
         super().advance(data_fetcher)
 
     def on_advance_end(self, data_fetcher: Any) -> None:
-        """The end of a batch, with a validation where one is due; it leaves the generators of training as they are.
-
-        Lightning leaves out a validation that was due when a checkpoint was saved just before it, so a resumed run
-        would draw other numbers after it.
-        """
+        """The end of a batch, with a validation where one is due; it leaves the generators of training as they are."""
+        strategy: Any = self.trainer.strategy
+        resumed, self._batch_has_ended = self.has_something_left, False
         if self._should_check_val_fx(data_fetcher):
-            state = collect_rank_state(self.trainer)
-            super().on_advance_end(data_fetcher)
+            # A checkpoint that is saved meanwhile has these as well.
+            state = strategy.state_of_training = collect_rank_state(self.trainer)
+            try:
+                super().on_advance_end(data_fetcher)
+            finally:
+                strategy.state_of_training = None
             apply_rank_state(self.trainer, state)
         else:
             super().on_advance_end(data_fetcher)
-        after_step = getattr(self.trainer.strategy, "after_step", None)
+        if resumed:
+            self.left = None
+            # From here on nothing tells the run from one that was never stopped: an epoch's end is a whole one.
+            self.trainer.fit_loop._restarting = False
+        self._batch_has_ended = True
+        after_step = getattr(strategy, "after_step", None)
         if after_step is not None and not self._should_accumulate():
             after_step()
 
 
+class FitLoop(_FitLoop):
+    """Lightning's loop over epochs; ends the batch of the checkpoint even where no further step is to be made."""
+
+    @property
+    def done(self) -> bool:
+        """Whether to leave the loop."""
+        return not getattr(self.epoch_loop, "has_something_left", False) and super().done
+
+    @property
+    def restarting(self) -> bool:
+        """Whether an epoch was begun before this process."""
+        return self._restarting
+
+    @restarting.setter
+    def restarting(self, restarting: bool) -> None:
+        _FitLoop.restarting.fset(self, restarting)  # type: ignore[attr-defined]
+        # With max_steps Lightning would end an epoch that has ended once more, and count it twice.
+        epoch: Any = self.epoch_progress.current
+        inside = self.epoch_loop
+        at_its_end = epoch.ready == epoch.processed == epoch.completed + 1 and inside.batch_progress.is_last_batch
+        if at_its_end and getattr(inside, "left", None) == NOTHING:
+            _Loop.restarting.fset(self, False)  # type: ignore[attr-defined]
+
+
 def use_quiet_epoch_loop(trainer: Trainer) -> None:
-    """Put `TrainingEpochLoop` in the place of the trainer's own, with all its state; a loop of a user's stays."""
-    stock = trainer.fit_loop.epoch_loop
-    if type(stock) is _TrainingEpochLoop:
-        loop = TrainingEpochLoop(trainer)
+    """Put this file's loops in the place of the trainer's own, with all their state; a loop of a user's stays."""
+    stock: Any = trainer.fit_loop
+    if type(stock.epoch_loop) is _TrainingEpochLoop:
         # Progress, results and the validation loop: a trainer may have run before.
-        loop.__dict__.update(stock.__dict__)
-        trainer.fit_loop.epoch_loop = loop
+        stock.epoch_loop = _with_state_of(stock.epoch_loop, TrainingEpochLoop(trainer))
+    if type(stock) is _FitLoop:
+        trainer.fit_loop = _with_state_of(stock, FitLoop(trainer))
+
+
+def _with_state_of(stock: Any, own: Any) -> Any:
+    own.__dict__.update(stock.__dict__)
+    return own

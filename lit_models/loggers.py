@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.loggers import Logger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lightning_npu_tp.errors import ConfigError
@@ -40,6 +40,8 @@ class CSVMetrics(Logger):
         self._rows: list[dict[str, Any]] = []
         self._columns: list[str] | None = None
         self._failed = False
+        # Rows of the step from which a resumed run goes on: (step, names), which it may log once more.
+        self._there: set[tuple[int, frozenset[str]]] = set()
 
     @property
     def name(self) -> str:
@@ -63,6 +65,9 @@ class CSVMetrics(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """metrics: name -> number; step: optimizer step."""
+        if step is not None and (row := (step, frozenset(metrics))) in self._there:
+            self._there.discard(row)
+            return
         self._rows.append({"step": step, **metrics})
         if len(self._rows) >= self._flush_every_n_rows:
             self.save()
@@ -96,6 +101,21 @@ class CSVMetrics(Logger):
         kept = [row for row in rows if not row["step"] or int(row["step"]) < step]
         if len(kept) < len(rows):
             self._replace(columns, kept)
+        self._there = {
+            (step - 1, frozenset(name for name, value in row.items() if value and name != "step"))
+            for row in kept
+            if row["step"] == str(step - 1)
+        }
+
+    def go_on(self, step: int, row: Mapping[str, float] | None) -> None:
+        """Be as if the run had just made `step` optimizer steps.
+
+        row: of the last step, with its `step`; logged unless it is there. What else that step logged stays, and is not
+        logged again.
+        """
+        self.cut(step)
+        if row is not None:
+            self.add_missing(row)
 
     @rank_zero_only
     def add_missing(self, row: Mapping[str, float]) -> None:
@@ -106,7 +126,7 @@ class CSVMetrics(Logger):
                 for old in csv.DictReader(file):
                     if old["step"] == str(row["step"]) and any(old.get(name) for name in names):
                         return
-        self.log_metrics({name: value for name, value in row.items() if name != "step"}, int(row["step"]))
+        self.log_metrics(_without_step(row), int(row["step"]))
         self.save()
 
     @rank_zero_only
@@ -170,6 +190,34 @@ def _as_csv(columns: list[str], rows: list[dict[str, Any]], *, header: bool) -> 
     return text.getvalue()
 
 
+def _without_step(row: Mapping[str, float]) -> dict[str, float]:
+    return {name: value for name, value in row.items() if name != "step"}
+
+
+class TensorBoard(TensorBoardLogger):
+    """Lightning's TensorBoard logger, for a run that may go on in its folder."""
+
+    @rank_zero_only
+    def go_on(self, step: int, row: Mapping[str, float] | None) -> None:
+        """Have TensorBoard drop the points of optimizer step `step` and later that earlier event files hold.
+
+        row: of the last step, with its `step`. It cannot be known whether it is there, so that step goes as well, with
+        all that was logged for it, and the row is logged again.
+        """
+        if self._experiment is not None:
+            self._experiment.close()
+            self._experiment = None
+        self._kwargs["purge_step"] = step if row is None else int(row["step"])
+        try:
+            _ = self.experiment
+        finally:
+            # Of this writer alone.
+            del self._kwargs["purge_step"]
+        if row is not None:
+            self.log_metrics(_without_step(row), int(row["step"]))
+            self.save()
+
+
 def tensorboard(folder: str | os.PathLike[str], required: bool = True) -> Logger | None:
     """A TensorBoard logger that writes its events into `folder`, or None.
 
@@ -182,6 +230,4 @@ def tensorboard(folder: str | os.PathLike[str], required: bool = True) -> Logger
                 "Run `pip install 'lightning-npu-tp[tracking]'`, or set logger=csv."
             )
         return None
-    from lightning.pytorch.loggers import TensorBoardLogger
-
-    return TensorBoardLogger(save_dir=str(folder), name="", version="", default_hp_metric=False)
+    return TensorBoard(save_dir=str(folder), name="", version="", default_hp_metric=False)

@@ -7,12 +7,14 @@ that costs more than what was trained since the last checkpoint, ranks that stop
 from __future__ import annotations
 
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
@@ -20,12 +22,12 @@ import torch
 import yaml
 from omegaconf import OmegaConf
 
-from benchmarks.kill_rounds import SMALL, life, tensors
+from benchmarks.kill_rounds import SMALL, life, repeated_rows, tensors
 from lightning_npu_tp.callbacks import LossCurve
 from lightning_npu_tp.checkpoint.manifest import read_manifest, verify
 from lightning_npu_tp.errors import ConfigError
-from lit_models.continued import ContinueRun, points
-from lit_models.loggers import CSVMetrics
+from lit_models.continued import ROW, ContinueRun, points
+from lit_models.loggers import CSVMetrics, tensorboard
 from lit_models.run_folder import changes, claim, goes_on
 
 ROOT = Path(__file__).parents[2]
@@ -103,20 +105,30 @@ def test_rows_after_the_resumed_step_are_cut(tmp_path: Path) -> None:
     assert points(logger.path, "train/loss")[-1] == (4, 7.0)
 
 
-def test_a_row_that_a_kill_took_comes_back_from_the_checkpoint(tmp_path: Path) -> None:
-    """A step's row is written after its checkpoint: what a kill between the two loses must come back."""
+def test_rows_that_a_kill_took_come_back(tmp_path: Path) -> None:
+    """A step's row, and the validation that is due after it, come after its checkpoint: a kill between loses both."""
     straight, killed = tmp_path / "straight", tmp_path / "killed"
-    one = ["trainer.devices=1"]
+    one = ["trainer.devices=1", "trainer.val_check_interval=4"]
     train(straight, "trainer.max_steps=10", *one)
     train(killed, "trainer.max_steps=8", *one)
     metrics = killed / "metrics.csv"
-    lines = metrics.read_text().splitlines(keepends=True)
+    whole = metrics.read_text()
+    lines = whole.splitlines(keepends=True)
     step = lines[0].split(",").index("step")
-    metrics.write_text("".join(line for line in lines if line.split(",")[step] != "7"))
-    assert points(metrics, "train/loss")[-1][0] == 7
-    train(killed, "trainer.max_steps=10", *one)
+    # The row of the validation at the end of train.py is the one of step 8.
+    metrics.write_text("".join(line for line in lines if line.split(",")[step] not in "78"))
+    assert points(metrics, "train/loss")[-1][0] == 7 and points(metrics, "val/loss")[-1][0] == 4
+    shutil.copytree(killed, tmp_path / "longer")
+    train(killed, "trainer.max_steps=8", *one)
+    assert metrics.read_text() == whole
+    # With nothing lost nothing is added.
+    train(killed, "trainer.max_steps=8", *one)
+    assert metrics.read_text() == whole
+    metrics = tmp_path / "longer/metrics.csv"
+    train(tmp_path / "longer", "trainer.max_steps=10", *one)
     for key in ("train/loss", "val/loss"):
         assert points(metrics, key) == points(straight / "metrics.csv", key)
+    assert not repeated_rows(metrics)
 
 
 def test_a_row_that_is_there_is_not_added_again(tmp_path: Path) -> None:
@@ -128,14 +140,90 @@ def test_a_row_that_is_there_is_not_added_again(tmp_path: Path) -> None:
     assert points(logger.path, "train/loss") == [(1, 0.5), (2, 0.25)]
 
 
-def test_the_loss_curve_begins_with_what_was_logged(tmp_path: Path) -> None:
-    logger, curve = CSVMetrics(tmp_path / "metrics.csv"), LossCurve(tmp_path / "loss.png")
+def going_on(loggers: list, *, left: str | None = None, step: int = 3, fn: str = "fit") -> tuple[Any, dict]:
+    """What `ContinueRun` sees of a trainer, and the checkpoint that it loads."""
+    curve = LossCurve(Path("loss.png"))
+    trainer = SimpleNamespace(
+        loggers=loggers,
+        callbacks=[curve],
+        state=SimpleNamespace(fn=fn),
+        fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(_batches_that_stepped=0)),
+    )
+    return trainer, {"global_step": step, "loops": {"fit_loop": {"epoch_loop.state_dict": {"left": left}}}}
+
+
+def logged(path: Path) -> CSVMetrics:
+    logger = CSVMetrics(path)
     for step in range(5):
         logger.log_metrics({"train/loss": step / 10}, step=step)
-    logger.log_metrics({"val/loss": 0.5}, step=2)
-    trainer = SimpleNamespace(loggers=[logger], callbacks=[curve], global_step=3)
-    ContinueRun().on_train_start(trainer, None)
-    assert (curve._train, curve._val) == ([(1, 0.0), (2, 0.1), (3, 0.2)], [(3, 0.5)])
+    logger.log_metrics({"val/loss": 0.25, "epoch": 0}, step=0)
+    logger.log_metrics({"val/loss": 0.5, "epoch": 0}, step=2)
+    logger.save()
+    return logger
+
+
+@pytest.mark.parametrize("left, val", [("end", [(1, 0.25), (3, 0.5)]), ("validation", [(1, 0.25)])])
+def test_the_loss_curve_begins_with_what_was_logged(tmp_path: Path, left: str, val: list) -> None:
+    trainer, checkpoint = going_on([logged(tmp_path / "metrics.csv")], left=left)
+    ContinueRun().on_load_checkpoint(trainer, None, checkpoint)
+    (curve,) = trainer.callbacks
+    # A validation that is made again is noted again.
+    assert (curve._train, curve._val) == ([(1, 0.0), (2, 0.1), (3, 0.2)], val)
+
+
+def test_a_validation_that_is_made_again_is_not_logged_again(tmp_path: Path) -> None:
+    logger = logged(tmp_path / "metrics.csv")
+    trainer, checkpoint = going_on([logger], left="validation")
+    ContinueRun().on_load_checkpoint(trainer, None, checkpoint)
+    for step, value in ((2, 0.5), (2, 0.75), (4, 0.125)):
+        logger.log_metrics({"val/loss": value, "epoch": 0}, step=step)
+    logger.save()
+    # The second at step 2 is somebody else's.
+    assert points(logger.path, "val/loss") == [(1, 0.25), (3, 0.5), (3, 0.75), (5, 0.125)]
+
+
+def test_a_validation_before_a_resumed_fit_is_logged_at_its_step(tmp_path: Path) -> None:
+    """Until the fit begins: an uninterrupted run has no such row."""
+    trainer, checkpoint = going_on([logger := logged(tmp_path / "metrics.csv")], fn="validate")
+    ContinueRun().on_load_checkpoint(trainer, None, checkpoint)
+    assert trainer.fit_loop.epoch_loop._batches_that_stepped == 3
+    assert len(points(logger.path, "train/loss")) == 5
+
+
+def test_the_first_row_of_a_run_without_a_checkpoint_stays(tmp_path: Path) -> None:
+    trainer, _ = going_on([logger := logged(tmp_path / "metrics.csv")])
+    going = ContinueRun()
+    going.on_validation_start(trainer, None)
+    assert points(logger.path, "train/loss") == []
+    logger.log_metrics({"val/loss": 4.0}, step=0)
+    going.on_train_start(trainer, None)
+    logger.save()
+    assert points(logger.path, "val/loss") == [(1, 4.0)]
+    # A run that does not go on leaves the folder alone.
+    ContinueRun(continues=False).on_train_start(trainer, None)
+    assert points(logger.path, "val/loss") == [(1, 4.0)]
+
+
+@pytest.mark.parametrize("row", [None, {"step": 2, "epoch": 0, "train/loss": 0.75}])
+def test_tensorboard_shows_no_point_twice(tmp_path: Path, row: dict | None) -> None:
+    accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator", reason="the package tensorboard is not installed"
+    )
+    first = tensorboard(tmp_path)
+    for step in range(5):
+        first.log_metrics({"train/loss": step / 4}, step=step)
+    first.finalize("success")
+    second = tensorboard(tmp_path)
+    # Something has opened it before: Lightning logs the hyper-parameters.
+    second.log_hyperparams({"a": 1})
+    trainer, checkpoint = going_on([second])
+    ContinueRun().on_load_checkpoint(trainer, None, checkpoint | ({} if row is None else {ROW: row}))
+    second.log_metrics({"train/loss": 8.0}, step=3)
+    second.finalize("success")
+    events = accumulator.EventAccumulator(str(tmp_path))
+    events.Reload()
+    found = [(event.step, event.value) for event in events.Scalars("train/loss")]
+    assert found == [(0, 0.0), (1, 0.25), (2, 0.5 if row is None else 0.75), (3, 8.0)]
 
 
 @pytest.mark.parametrize("whom", ["parent", "child"])
