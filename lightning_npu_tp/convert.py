@@ -267,8 +267,8 @@ def _convert_one(
     if folder is not None:
         allocate_shards(model, device)
         targets = targets_of(model, names, shapes, tied, rules, meshes, own_buffers)
-        left, keys = is_left_to_checkpoint(model), family.keys(own_config)
-        report.loaded = fill(folder, targets, keys, family=family.name, peers=Peers(), only_check=left)
+        only_check, keys = is_left_to_checkpoint(model), family.keys(own_config)
+        report.loaded = fill(folder, targets, keys, family=family.name, peers=Peers(), only_check=only_check)
     for parameter in model.parameters():
         own = local_part(parameter)
         report.local_parameters += own.numel()

@@ -96,6 +96,8 @@ class ProcessLauncher(_SubprocessScriptLauncher):
         supervisor, channel = self._current, parent_channel()
         if supervisor is not None:
             supervisor.grace_seconds = grace_seconds
+        if channel is not None:
+            channel.send("grace", seconds=grace_seconds)
 
         def notice() -> None:
             if supervisor is not None and not supervisor.terminating:

@@ -62,8 +62,10 @@ def _run_in_fresh_process(job: HydraJob) -> Any:
         with _sigterm_raises():
             process.process.wait()
     finally:
-        # Only after an exception (Ctrl-C, SIGTERM) does it still run. It has ranks of its own to end.
-        end_processes([process], patience=GRACE_SECONDS + 2)
+        # Only after an exception (Ctrl-C, SIGTERM) does it still run. It has ranks of its own to end, and perhaps a
+        # checkpoint to save, for which its strategy sets the time.
+        told = process.last("grace")
+        end_processes([process], patience=(GRACE_SECONDS if told is None else told["seconds"]) + 2)
     assert not process.alive
     if process.exit_code == TERMINATED:
         say(f"Job {number} was asked to end by SIGTERM; this ends the sweep.")

@@ -5,11 +5,14 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
+from lightning.fabric.plugins.environments import LightningEnvironment
 from scripts_launcher.runs import SCRIPTS, Run
 
+from lightning_npu_tp import launcher
 from lightning_npu_tp.hydra_job import quote
 
 NAME = "out, a=b 'c' \"d\" [e] ü"
@@ -106,6 +109,22 @@ def test_sigterm_ends_a_sweep_with_its_job(light, target):
     os.kill(run.process.pid if target == "the sweep" else job, signal.SIGTERM)
     assert run.end(5) == 143, run
     assert len(jobs(run)) == 1, run
+
+
+def test_a_job_of_a_sweep_has_the_time_to_save_that_its_strategy_sets(light):
+    run = light("-m", "lr=1,2", "then=save").until("WAITS")
+    os.kill(run.process.pid, signal.SIGTERM)
+    assert run.end(25) == 143 and len(run.said("SAVED")) == 1, run
+
+
+def test_the_sweep_is_told_of_the_time_that_a_strategy_sets(monkeypatch):
+    told = []
+    channel = SimpleNamespace(send=lambda event, **details: told.append((event, details)))
+    monkeypatch.setattr(launcher, "parent_channel", lambda: channel)
+    own = launcher.ProcessLauncher(LightningEnvironment(), 1, 1)
+    own.watch_signals(grace_seconds=33.0)
+    own._watch.close(unwinding=False)
+    assert told == [("grace", {"seconds": 33.0})]
 
 
 def test_the_first_job_of_a_sweep_may_fail_on_two_devices_and_the_second_trains_on_one(heavy):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -13,8 +14,14 @@ from omegaconf import OmegaConf
 from say import say
 
 from lightning_npu_tp.hydra_job import current_job
-from lightning_npu_tp.processes import ChildProcess
+from lightning_npu_tp.processes import ChildProcess, parent_channel
 from lightning_npu_tp.sweep import run_job
+
+
+def save(*_):
+    time.sleep(11)
+    say("SAVED")
+    sys.exit(143)
 
 
 def task(config):
@@ -26,7 +33,12 @@ def task(config):
         "JOB",
         json.dumps([config.lr, rank, os.getpid(), seen | {"cwd": os.getcwd(), "from": get_original_cwd()}]),
     )
-    if config.then == "wait":
+    if config.then == "save":
+        # As a strategy does that needs longer than others to save; what others have is 10 seconds.
+        parent_channel().send("grace", seconds=20.0)
+        signal.signal(signal.SIGTERM, save)
+    if config.then in ("wait", "save"):
+        say("WAITS")
         time.sleep(100)
     if rank == 0:
         # An edit of the files must not reach the ranks of a job that has been composed already.
