@@ -106,7 +106,7 @@ class HcclSettings:
     # --- memory ---
     # How memory is reused among streams [1]; 0: not.
     multi_stream_memory_reuse: int | None = _variable("MULTI_STREAM_MEMORY_REUSE", 0, 3)
-    # Grow segments instead of adding new ones: less fragmentation [false].
+    # Grow segments instead of adding new ones: less fragmentation [false]; excludes the next two.
     expandable_segments: bool | None = _allocator("expandable_segments", values=(False, True))
     # MB; larger blocks are not split [no limit].
     max_split_size_mb: int | None = _allocator("max_split_size_mb", 21)
@@ -186,6 +186,13 @@ class HcclSettings:
                 f"hccl.launch_blocking=true switches the task queue off, but hccl.task_queue={self.task_queue}. "
                 f"Set hccl.task_queue to 0 or null, or hccl.launch_blocking to false."
             )
+        for name in ("max_split_size_mb", "garbage_collection_threshold"):
+            # A threshold of 0 is off.
+            if self.expandable_segments and (value := getattr(self, name)):
+                raise ConfigError(
+                    f"hccl.expandable_segments=true and hccl.{name}={value} exclude each other in torch_npu. "
+                    f"Set hccl.expandable_segments to false or null, or hccl.{name} to null."
+                )
         if self.op_cache_dir is not None and self.op_cache_mode is None:
             raise ConfigError(
                 f"hccl.op_cache_dir={self.op_cache_dir!r} has no effect without a mode. "

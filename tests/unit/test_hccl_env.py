@@ -51,6 +51,10 @@ VARIABLES = [
     ({"multi_stream_memory_reuse": 0}, {"MULTI_STREAM_MEMORY_REUSE": "0"}),
     ({"expandable_segments": True}, {"PYTORCH_NPU_ALLOC_CONF": "expandable_segments:True"}),
     (
+        {"expandable_segments": False, "max_split_size_mb": 64},
+        {"PYTORCH_NPU_ALLOC_CONF": "expandable_segments:False,max_split_size_mb:64"},
+    ),
+    (
         {"max_split_size_mb": 128, "garbage_collection_threshold": 0.8},
         {"PYTORCH_NPU_ALLOC_CONF": "max_split_size_mb:128,garbage_collection_threshold:0.8"},
     ),
@@ -91,6 +95,14 @@ def test_settings_left_alone_set_nothing():
         ({"async_error_handling": 4}, "0 to 3"),
         ({"multi_stream_memory_reuse": -1}, "0 to 3"),
         ({"max_split_size_mb": 20}, "21 or more"),
+        (
+            {"expandable_segments": True, "max_split_size_mb": 64},
+            "expandable_segments=true and hccl.max_split_size_mb=64 exclude each other",
+        ),
+        (
+            {"expandable_segments": True, "garbage_collection_threshold": 0.8},
+            "expandable_segments=true and hccl.garbage_collection_threshold=0.8 exclude each other",
+        ),
         ({"garbage_collection_threshold": 1.5}, "0.0 to 1.0"),
         ({"connect_timeout_s": "7200"}, "not a whole number"),
         ({"connect_timeout_s": 7200.0}, "not a whole number"),
