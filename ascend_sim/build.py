@@ -140,6 +140,8 @@ def _build(compiler: str, torch: Path, torch_npu: Path, folder: Path) -> None:
             here = [f"-L{out}", "-Wl,--no-as-needed", "-lascendcl", "-Wl,-rpath,$ORIGIN"]
             link("ascendcl", *(light[name].result() for name in RUNTIME), "-pthread")
             link("hccl", *(light[name].result() for name in hccl), *here, "-pthread", "-lrt")
+            # Another name of the same, where torch_npu looks for the calls that open and close a group.
+            link("hcomm", f"-L{out}", "-Wl,--no-as-needed", "-lhccl", "-Wl,-rpath,$ORIGIN")
             for name in ALIASES:
                 link(name, *here)
             against_torch = [f"-L{torch / 'lib'}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{torch / 'lib'}"]

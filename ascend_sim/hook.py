@@ -18,7 +18,7 @@ from typing import Any
 
 # Set by install; whoever inherits it runs on the simulated card.
 LIBRARIES = "ASCEND_SIM_LIBRARIES"
-PARTS = ("ascendcl", "hccl", "acl_op_compiler", "ge_runner", "graph", "acl_tdt_channel")
+PARTS = ("ascendcl", "hccl", "hcomm", "acl_op_compiler", "ge_runner", "graph", "acl_tdt_channel")
 
 _handles: dict[str, ctypes.CDLL] = {}
 
