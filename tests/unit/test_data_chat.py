@@ -142,6 +142,20 @@ def test_a_conversation_that_the_assistant_begins_is_learnt_from_its_beginning(t
     assert "Assistant: welcome<|end|>".endswith(text) and "welcome" in text
 
 
+def test_the_first_token_of_a_sample_is_never_learnt(tmp_path, folder):
+    """What stands before it in a packed sequence is another sample."""
+    bare = (
+        "{% for message in messages %}{% generation %}{{ message.content + eos_token }}{% endgeneration %}{% endfor %}"
+    )
+    records = [{"messages": [{"role": "assistant", "content": text}]} for text in ("welcome", "good morning")]
+    data = module(write(tmp_path / "a.jsonl", *records), folder, chat_template=bare)
+    data.setup()
+    stream = data.train_set.stream
+    assert data.tokenizer.transformers.decode(stream.tokens.tolist()) == f"welcome{END}good morning{END}"
+    firsts = np.isin(np.arange(len(stream.tokens)), stream.starts)
+    assert firsts.sum() == 2 and (stream.learn == ~firsts).all()
+
+
 # Formats
 
 

@@ -205,6 +205,20 @@ def test_an_epoch_that_ended_in_one_layout_is_not_begun_again_in_another(tmp_pat
     assert [epoch for epoch, _, _ in rest] == [1] * 50
 
 
+def test_an_ended_epoch_stays_ended_for_a_loader_of_another_batch_size(tmp_path):
+    """Also where nobody counts batches beside it, and when its state is saved before its next batch."""
+    loaders = []
+    for size in (4, 1):
+        data = data_module(tmp_path, batch_size=size)
+        data.setup()
+        loaders.append(data.train_dataloader())
+    old, new = loaders
+    assert len(list(old)) == 12  # 48 of 50 sequences
+    new.load_state_dict(old.state_dict())
+    assert new.state_dict()["ended"]
+    assert list(new) == []
+
+
 def test_the_state_is_the_same_on_every_rank_and_plain(tmp_path):
     states = []
     for rank in range(2):
