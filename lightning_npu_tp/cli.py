@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from lightning_npu_tp.commands.audit import audit
 from lightning_npu_tp.commands.check import check as check_command
 from lightning_npu_tp.commands.doctor import doctor
 from lightning_npu_tp.commands.download import download
@@ -110,7 +111,7 @@ def proof_table(proof: Any) -> Table:
     return table
 
 
-for command in (check_command, doctor, download, export, inspect, rehearse):
+for command in (audit, check_command, doctor, download, export, inspect, rehearse):
     app.command()(command)
 # What follows are the settings of the project's own script.
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(show_data)

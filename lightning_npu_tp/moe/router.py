@@ -63,8 +63,8 @@ def limit_to_groups(
     node-limited routing of arXiv:2412.19437, section 2.1.2 (num_best=2).
     """
     grouped_TGX = scores_TE.unflatten(1, (num_groups, -1))
-    best_TG = torch.topk(grouped_TGX.detach(), k=num_best, dim=2, sorted=False).values.sum(dim=2)
-    chosen_Tg = torch.topk(best_TG, k=topk_group, dim=1, sorted=False).indices
+    best_TG = torch.topk(grouped_TGX.detach(), k=num_best, dim=2).values.sum(dim=2)
+    chosen_Tg = torch.topk(best_TG, k=topk_group, dim=1).indices
     allowed_TG = torch.zeros_like(best_TG, dtype=torch.bool).scatter(1, chosen_Tg, True)
     return grouped_TGX.masked_fill(~allowed_TG.unsqueeze(2), fill).flatten(1)
 
@@ -198,7 +198,8 @@ class TopKRouter(nn.Module):
         if self.topk_method != "greedy":
             # Not zero: a biased score may be below it.
             scores_TE = self._limit(scores_TE, fill=float("-inf"))
-        return torch.topk(scores_TE, k=self.top_k, dim=-1, sorted=False).indices
+        # Ascend's topk has no sorted=False; here and above.
+        return torch.topk(scores_TE, k=self.top_k, dim=-1).indices
 
     def _limit(self, scores_TE: Tensor, fill: float) -> Tensor:
         return limit_to_groups(
