@@ -321,7 +321,8 @@ def grouped(rank: Rank, argument: Any) -> Any:
     out, into = rank.memory([float(rank.rank + 1)] * size), rank.memory([0.0] * size)
     count = c_uint64(size)
     if argument == "batch":
-        items = (Item * 2)(
+        addresses = ctypes.addressof(out), ctypes.addressof(into)
+        items = (Item * 2)(*(Item(kind, address, size, FP32, peer) for kind, address in enumerate(addresses)))
             Item(0, ctypes.addressof(out), size, FP32, peer), Item(1, ctypes.addressof(into), size, FP32, peer)
         )
         assert rank.hccl.HcclBatchSendRecv(items, c_uint32(2), comm, rank.stream) == 0
