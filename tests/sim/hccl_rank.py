@@ -323,8 +323,6 @@ def grouped(rank: Rank, argument: Any) -> Any:
     if argument == "batch":
         addresses = ctypes.addressof(out), ctypes.addressof(into)
         items = (Item * 2)(*(Item(kind, address, size, FP32, peer) for kind, address in enumerate(addresses)))
-            Item(0, ctypes.addressof(out), size, FP32, peer), Item(1, ctypes.addressof(into), size, FP32, peer)
-        )
         assert rank.hccl.HcclBatchSendRecv(items, c_uint32(2), comm, rank.stream) == 0
     else:
         for _ in range(2 if argument == "group" else 0):

@@ -1,4 +1,4 @@
-"""Every collective of torch.distributed on the real ProcessGroupHCCL over the simulated HCCL, against gloo and formulas.
+"""Every collective of torch.distributed on the real ProcessGroupHCCL over the simulated HCCL, against gloo.
 
 Catches data that reaches the wrong rank or place, a slice lost at a buffer's end, a sum of another order on another
 rank, a collective that overtakes another, and one that seems done when it is not. Each rank holds both backends
