@@ -25,7 +25,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import StrategyRegistry
-from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 from lightning_utilities.core.rank_zero import rank_zero_only as utils_rank_zero_only
 from torch import Tensor
@@ -35,6 +35,7 @@ from lightning_npu_tp import kernels as kernel_choice
 from lightning_npu_tp import module_setup
 from lightning_npu_tp.agreement import require_agreement, require_equal_batches, run_settings
 from lightning_npu_tp.checkpoint.strategy_part import CheckpointHooks, CheckpointSettings, OnSaveError
+from lightning_npu_tp.closing import close_all
 from lightning_npu_tp.collectives import group_size
 from lightning_npu_tp.convert import Options, adopt, convert, materialize_rest
 from lightning_npu_tp.data_parallel import DataParallel, average_plain_gradients, reduce_gradients
@@ -307,14 +308,16 @@ class NPUTensorParallelStrategy(CheckpointHooks):
         finally:
             self._close()
 
-    def _close(self) -> None:
-        self._end_saves()
-        for groups in (self._groups, *self._adopted):
-            groups.close()
-        close_process_group()
-        if self._hccl_report is not None:
-            self._hccl_report.undo()
-            self._hccl_report = None
+    def _close(self, *, failing: bool = False) -> None:
+        def undo_settings() -> None:
+            if self._hccl_report is not None:
+                self._hccl_report.undo()
+                self._hccl_report = None
+
+        groups = (self._groups, *self._adopted)
+        close_all(
+            (self._end_saves, *(one.close for one in groups), close_process_group, undo_settings), failing=failing
+        )
 
     # --- setup and teardown --------------------------------------------------------------------
 
@@ -395,18 +398,25 @@ class NPUTensorParallelStrategy(CheckpointHooks):
     def teardown(self) -> None:
         """Give back device memory and destroy the process group."""
         assert self.cluster_environment is not None and self.accelerator is not None
-        try:
-            _optimizers_to_device(self.optimizers, torch.device("cpu"))
-            module = self.lightning_module
+        module = self.lightning_module
+        trainer = None if module is None else module._trainer
+        failing = trainer is not None and trainer.state.status == TrainerStatus.INTERRUPTED
+
+        def module_to_cpu() -> None:
             # After a failed conversion there is nothing to move, and the attempt would hide why it failed.
             if module is not None and not any(parameter.is_meta for parameter in module.parameters()):
                 module.cpu()
-            self.cluster_environment.teardown()
-            self.precision_plugin.teardown()
-            self.accelerator.teardown()
-            self.checkpoint_io.teardown()
-        finally:
-            self._close()
+
+        steps = (
+            lambda: _optimizers_to_device(self.optimizers, torch.device("cpu")),
+            module_to_cpu,
+            self.cluster_environment.teardown,
+            self.precision_plugin.teardown,
+            self.accelerator.teardown,
+            self.checkpoint_io.teardown,
+            lambda: self._close(failing=failing),
+        )
+        close_all(steps, failing=failing)
 
     def on_train_start(self) -> None:
         """Refuse data ranks with different numbers of batches."""

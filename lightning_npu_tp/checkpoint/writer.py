@@ -42,6 +42,7 @@ from lightning_npu_tp.checkpoint.manifest import MANIFEST_FILE, REST_FILE, Manif
 from lightning_npu_tp.checkpoint.one_file import SealingStream
 from lightning_npu_tp.checkpoint.peers import PeerFailure, Peers
 from lightning_npu_tp.errors import CheckpointError
+from lightning_npu_tp.hccl.faults import explain
 
 # What torch.save and the index add to a tensor's own bytes.
 _BYTES_PER_ENTRY = 2048
@@ -111,11 +112,18 @@ def _making(path: Path, needed: int, peers: Peers, *, folder: bool) -> Generator
             yield partial
         except PeerFailure as failure:
             free = peers.gather(_give_up(path, partial) if peers.is_main else 0)[0]
+            fault = explain(failure.words())
+            # What the device reports has nothing to do with the disk.
+            reason = (
+                fault.sentence()
+                if fault is not None
+                else f"It needs {size_in_words(needed)}, and {size_in_words(free)} are free."
+            )
+            room = "" if fault is not None else "Make room, or save to another folder; "
             raise CheckpointError(
-                f"The checkpoint {path} could not be saved: {failure.words()}. It needs {size_in_words(needed)}, and "
-                f"{size_in_words(free)} are free. What was written of it is removed, earlier checkpoints are as they "
-                f"were. Make room, or save to another folder; with strategy.on_save_error=continue a run goes on "
-                f"without."
+                f"The checkpoint {path} could not be saved: {failure.words()}. {reason} What was written of it is "
+                f"removed, earlier checkpoints are as they were. {room}With strategy.on_save_error=continue a run goes "
+                f"on without."
             ) from None
 
 

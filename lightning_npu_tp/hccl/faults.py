@@ -29,7 +29,8 @@ _NUMBERED = r"(?:error code|retcode|ret code|result|return|ret|ErrCode)(?: is)?\
 _OWN_CODE = re.compile(r"\bERR(\d{2})(\d{3})\b")
 _CALLED = (
     re.compile(r"call (aclnn\w+) failed"),
-    re.compile(r"(?:HCCL|NPU|OPS) function error: (?:\w+::)*(\w+)"),
+    # A name ends at a comma or a parenthesis; of some codes the meaning stands there, such as SUSPECT REMOTE ERROR.
+    re.compile(r"(?:HCCL|NPU|OPS) function error: (?:\w+::)*(\w+)(?=[(,])"),
     re.compile(r"\btag\[([^\]]+)\]"),
 )
 

@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 from lightning_npu_tp import NPUTensorParallelStrategy
-from lightning_npu_tp.checkpoint import training_state
+from lightning_npu_tp.checkpoint import training_state, writer
 from lightning_npu_tp.checkpoint.locks import hold
+from lightning_npu_tp.checkpoint.peers import Peers
 from lightning_npu_tp.checkpoint.saves import Saves
 from lightning_npu_tp.errors import CheckpointError, ConfigError
 
@@ -158,3 +159,18 @@ def test_a_copy_shares_no_memory_with_what_training_changes() -> None:
 def test_a_setting_that_does_not_exist_is_named() -> None:
     with pytest.raises(ConfigError, match="on_save_error='ignore' does not exist.* to stop or continue"):
         NPUTensorParallelStrategy(on_save_error="ignore")  # type: ignore[arg-type]
+
+
+def test_a_device_that_fails_in_a_save_is_explained_instead_of_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise RuntimeError("NPU function error: aclrtSynchronizeStream, error code is 507015")
+
+    monkeypatch.setattr(writer, "_write_part", fail)
+    with pytest.raises(CheckpointError) as caught:
+        writer.save_folder({}, b"", b"", tmp_path / "step=1.ckpt", None, Peers())  # type: ignore[arg-type]
+    told = str(caught.value)
+    assert "507015: an operator on a matrix core failed" in told and "token ids and labels" in told
+    assert "It needs" not in told and "earlier checkpoints are as they were" in told
+    assert list(tmp_path.iterdir()) == []

@@ -70,13 +70,13 @@ REAL = {
     "suspect": (
         f"NPU function error: SUSPECT REMOTE ERROR, error code is 507057\n{STAMP} ERR00100 PTA call acl api failed.",
         "507057",
-        "SUSPECT",
+        None,
     ),
     "dead peer": (
         "npuSynchronizeDevice:../torch_npu/csrc/core/npu/NPUStream.cpp:737 NPU function error: SUSPECT REMOTE ERROR, "
         f"error code is 507057\n{STAMP} ERR00100 PTA call acl api failed.\nEI0005: x",
         "507057",
-        "SUSPECT",
+        None,
     ),
     "refused": (
         "operator():../torch_npu/csrc/framework/OpParamMaker.cpp:364 OPS function error: NonZero, error code is "
