@@ -14,6 +14,7 @@ from __future__ import annotations
 from typing import Any
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.loops.loop import _Loop
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
@@ -31,6 +32,7 @@ class TrainingEpochLoop(_TrainingEpochLoop):
 
     # Of the checkpoint that is resumed from, until that is done; None without one, and for one that does not say.
     left: str | None = None
+    _deferred: list[bool] | None = None
     _batch_has_ended = True
 
     def _broadcast_sigterm_tensor(self) -> None:
@@ -44,6 +46,7 @@ class TrainingEpochLoop(_TrainingEpochLoop):
         if (left := self._left_now()) is not None:
             metrics = self.trainer.callback_metrics
             state["left"] = left
+            state["deferred"] = [one._defer_save_until_validation for one in _savers(self.trainer)]
             state["metrics"] = {name: value.detach().cpu().clone() for name, value in metrics.items()}
         return state
 
@@ -70,6 +73,7 @@ class TrainingEpochLoop(_TrainingEpochLoop):
             # Lightning would end its epoch with it, too.
             self.batch_progress.increment_completed()
         device = self.trainer.strategy.root_device
+        self._deferred = state_dict["deferred"]
         metrics: dict[str, Tensor] = {name: value.to(device) for name, value in state_dict["metrics"].items()}
         self.trainer._logger_connector._callback_metrics.update(metrics)
 
@@ -77,6 +81,21 @@ class TrainingEpochLoop(_TrainingEpochLoop):
     def has_something_left(self) -> bool:
         """Whether the batch of the checkpoint is still to be ended."""
         return self.left in (VALIDATION, END)
+
+    def tell_savers(self) -> None:
+        """Give ModelCheckpoint back what it does not save: for which step it has saved, or waits for a validation.
+
+        Otherwise it would save the step of the checkpoint once more, within the next one.
+        """
+        savers, deferred = _savers(self.trainer), self._deferred
+        self._deferred = None
+        if deferred is None:
+            return
+        for number, saver in enumerate(savers):
+            if len(deferred) == len(savers) and deferred[number]:
+                saver._defer_save_until_validation = True
+            elif saver._every_n_train_steps >= 1 and self.trainer.global_step % saver._every_n_train_steps == 0:
+                saver._last_global_step_saved = self.trainer.global_step
 
     # --- a batch -------------------------------------------------------------------------------
 
@@ -139,8 +158,18 @@ class TrainingEpochLoop(_TrainingEpochLoop):
             after_step()
 
 
+def _savers(trainer: Trainer) -> list[ModelCheckpoint]:
+    return [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
+
+
 class FitLoop(_FitLoop):
     """Lightning's loop over epochs; ends the batch of the checkpoint even where no further step is to be made."""
+
+    def on_run_start(self) -> None:
+        """Before the first epoch."""
+        super().on_run_start()
+        if isinstance(self.epoch_loop, TrainingEpochLoop):
+            self.epoch_loop.tell_savers()
 
     @property
     def done(self) -> bool:

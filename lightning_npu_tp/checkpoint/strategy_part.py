@@ -30,6 +30,7 @@ from lightning_npu_tp.checkpoint import facts, rank_state, reader, resume, train
 from lightning_npu_tp.checkpoint.load import leave_to_checkpoint
 from lightning_npu_tp.checkpoint.manifest import Manifest
 from lightning_npu_tp.checkpoint.peers import Peers
+from lightning_npu_tp.checkpoint.postponed import Postponed, goes_on, step_is_half_made
 from lightning_npu_tp.checkpoint.saves import Saves
 from lightning_npu_tp.errors import CheckpointError, ConfigError
 from lightning_npu_tp.families.family import ModelFamily
@@ -77,6 +78,7 @@ class CheckpointHooks(ParallelStrategy):
     """What of the strategy concerns checkpoints. A subclass calls `_set_up_checkpoints` and has the rest."""
 
     _preemption: Preemption | None = None
+    _flushing = False
     # What the trainer call was given: "auto", "last", "best" or a path; the launcher notes it.
     asked_checkpoint: str | None = None
     # What "auto" has found, once it has looked.
@@ -106,6 +108,7 @@ class CheckpointHooks(ParallelStrategy):
     def _set_up_checkpoints(self, settings: CheckpointSettings) -> None:
         self._checkpoints = settings
         self._saves = Saves(stop=settings.on_save_error == "stop")
+        self._postponed = Postponed()
         # Collectives of a save in the background must not mix with those of training.
         self._save_group: dist.ProcessGroup | None = None
 
@@ -133,6 +136,10 @@ class CheckpointHooks(ParallelStrategy):
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Write the trainer's state, or begin to with `async_save`; every rank calls it.
 
+        With optimizer states, between accumulated micro-batches or inside of one, it is written at the end of that
+        optimizer step instead, with the state of then: what was accumulated is in no checkpoint. A run that fails saves
+        at once and says what is lost.
+
         Raises CheckpointError on every rank, or warns with on_save_error="continue", if it failed on any; with
         `async_save` that is at the next save or at the end of the fit.
         """
@@ -140,6 +147,16 @@ class CheckpointHooks(ParallelStrategy):
             raise CheckpointError(
                 "storage_options is not supported: checkpoints are written by torch.distributed.checkpoint and not by "
                 "a CheckpointIO. Leave it out."
+            )
+        trainer = self._module.trainer
+        if "optimizer_states" in checkpoint and step_is_half_made(trainer):
+            if goes_on(trainer) and not self._flushing:
+                self._postponed.add(Path(os.path.abspath(self.broadcast(filepath))))
+                rank_zero_info(f"{filepath} was asked for within an optimizer step; it is saved at the step's end.")
+                return
+            rank_zero_warn(
+                f"{filepath} is saved within the optimizer step after step {trainer.global_step}. Gradients are not in "
+                f"a checkpoint: a run that resumes from it leaves out the micro-batches of that step."
             )
         after_the_run = not dist.is_initialized()
         with self.process_group():
@@ -186,8 +203,21 @@ class CheckpointHooks(ParallelStrategy):
             self._preemption = Preemption()
         return self._preemption
 
+    def _save_postponed(self) -> None:
+        """Save what was asked for within the step, and remove what was to make room for it."""
+        saves, removals = self._postponed.take()
+        self._flushing = True
+        try:
+            for path in saves:
+                self._module.trainer.save_checkpoint(path)
+            for path in removals:
+                self.remove_checkpoint(path)
+        finally:
+            self._flushing = False
+
     def after_step(self) -> None:
-        """At the end of every optimizer step: if the job is to end, save and end it on all ranks."""
+        """At the end of every optimizer step: save what waits; if the job is to end, save and end it on all ranks."""
+        self._save_postponed()
         trainer = self._module.trainer
         if self._preemption is None or not self._preemption.due(trainer.global_step):
             return
@@ -207,6 +237,8 @@ class CheckpointHooks(ParallelStrategy):
 
     def on_train_end(self) -> None:
         """Have every checkpoint on disk, and say again which are missing."""
+        # Where training was stopped within a step, that step never ends.
+        self._save_postponed()
         self.wait_for_checkpoints()
         self._saves.report()
 
@@ -223,8 +255,9 @@ class CheckpointHooks(ParallelStrategy):
 
     def remove_checkpoint(self, filepath: Any) -> None:
         """Delete a checkpoint, after the save in flight and only if that is good; rank 0 does it."""
-        if self.is_global_zero:
-            self._saves.remove(Path(os.path.abspath(filepath)))
+        path = Path(os.path.abspath(filepath))
+        if not self._postponed.remove(path) and self.is_global_zero:
+            self._saves.remove(path)
 
     # --- loading -------------------------------------------------------------------------------
 

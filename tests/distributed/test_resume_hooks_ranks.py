@@ -7,13 +7,14 @@ done again because it came before, and a validation whose random numbers trainin
 from __future__ import annotations
 
 import warnings
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, seed_everything
-from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
+from lightning.pytorch import Callback, LightningModule, seed_everything
+from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 from test_strategy import config, trainer, whole
 from torch import nn
@@ -21,6 +22,7 @@ from torch.utils.data import DataLoader
 from transformers import DeepseekV2ForCausalLM
 
 from lightning_npu_tp import NPUTensorParallelStrategy
+from lightning_npu_tp.checkpoint.manifest import read_manifest
 
 # Micro-batches in a window; windows in an epoch; windows between two validations; steps of a run.
 WINDOW, PER_EPOCH, VALIDATE, STEPS = 2, 4, 2, 6
@@ -183,3 +185,73 @@ def test_nothing_is_left_out_and_nothing_done_twice(
                 wanted = wanted[1:]
             assert events == wanted, name
             assert same and ends_again == ends, name
+
+
+class AsksWithin(Callback):
+    """Asks for a checkpoint after the second of four micro-batches, and inside of one."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx % 4 == 1:
+            trainer.save_checkpoint(f"{self.folder}/between_{trainer.global_step}.ckpt")
+
+    def on_before_zero_grad(self, trainer: Any, *args: Any) -> None:
+        trainer.save_checkpoint(f"{self.folder}/inside_{trainer.global_step}.ckpt")
+
+
+def within_a_step(rank: int, world: int, folder: str) -> Any:
+    warnings.filterwarnings("ignore")
+    found: dict[str, Any] = {}
+
+    def fit(name: str, steps: int, path: str | None = None, callbacks: Any = ()) -> list:
+        seed_everything(3, verbose=False)
+        events = Events()
+        fit = trainer(
+            NPUTensorParallelStrategy(init_seed=0),
+            max_steps=steps,
+            max_epochs=None,
+            accumulate_grad_batches=4,
+            # Between micro-batches, too.
+            val_check_interval=6,
+            logger=events,
+            log_every_n_steps=1,
+            enable_checkpointing=bool(callbacks),
+            callbacks=list(callbacks),
+        )
+        module = Watched(events, "epoch")
+        rows = torch.randint(0, 64, (32, 6), generator=torch.Generator().manual_seed(0))
+        fit.fit(module, Positioned(rows, batch_size=2), batches(4, 1), ckpt_path=path)
+        found[name] = module.weights
+        return [event for event in events.all if event[0] == "batch"]
+
+    def every(name: str) -> ModelCheckpoint:
+        return ModelCheckpoint(f"{folder}/{name}", "{step}", every_n_train_steps=1, save_top_k=-1)
+
+    def files(name: str) -> list[str]:
+        return sorted(path.name for path in Path(folder, name).iterdir())
+
+    timed = ModelCheckpoint(f"{folder}/timed", "{step}", train_time_interval=timedelta(0), save_top_k=1, save_last=True)
+    best = ModelCheckpoint(f"{folder}/best", "{step}", monitor="val", save_top_k=1, save_on_train_epoch_end=False)
+    straight = fit("straight", 3, callbacks=[AsksWithin(folder), every("every"), timed, best])
+    saved = {path.stem: read_manifest(path).step for path in Path(folder).glob("*.ckpt")}
+    same = {}
+    for name in ("between_0", "between_1", "inside_0"):
+        again = fit(name, 3, f"{folder}/{name}.ckpt", [every(f"from_{name}")])
+        equal = all(torch.equal(found[name][key], value) for key, value in found["straight"].items())
+        same[name] = (again == straight[saved[name] * 4 :] and equal, files(f"from_{name}"))
+    return saved, same, [files(name) for name in ("every", "timed", "best")]
+
+
+def test_a_checkpoint_asked_for_within_a_step_is_saved_at_its_end(on_ranks: Any, tmp_path: Path) -> None:
+    for saved, same, (every, timed, best) in on_ranks(within_a_step, 2, str(tmp_path), backend=None, timeout=240):
+        # Named by who asked, at the step that was half made.
+        assert saved == {f"{kind}_{step}": step + 1 for kind in ("between", "inside") for step in range(3)}
+        assert every == ["step=1.ckpt", "step=2.ckpt", "step=3.ckpt"]
+        # Older ones went, and only once the newer was there.
+        assert len(timed) == 2 and len(best) == 1
+        for name, (goes_on_alike, files) in same.items():
+            assert goes_on_alike, name
+            # None of the step that it went on from.
+            assert files == every[saved[name] :], name
