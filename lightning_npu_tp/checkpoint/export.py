@@ -31,6 +31,7 @@ from lightning_npu_tp.checkpoint.manifest import Manifest
 from lightning_npu_tp.checkpoint.peers import Peers
 from lightning_npu_tp.checkpoint.reader import open_checkpoint, read_rest
 from lightning_npu_tp.checkpoint.sources import FileSource, FolderSource, TensorSource
+from lightning_npu_tp.checkpoint.tokenizer_check import compare_tokenizers
 from lightning_npu_tp.checkpoint.writer import OWN_KEY
 from lightning_npu_tp.errors import CheckpointError, ConfigError
 from lightning_npu_tp.families.family import ModelFamily
@@ -167,6 +168,9 @@ def export_source(
             if verify:
                 _compare_files(source, plan, partial, dtypes, done)
                 _compare_reloaded(source, plan, partial, dtypes, done)
+                if tokenizer is not None:
+                    told, fits = compare_tokenizers(tokenizer, partial)
+                    (done.notes if fits else done.differences).append(told)
             if not done.differences:
                 fsync_folder(partial)
                 require_free(out)

@@ -16,11 +16,12 @@ import pytest
 import torch
 import typer
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from lightning_npu_tp.checkpoint import export as exporting
-from lightning_npu_tp.checkpoint import training_state
+from lightning_npu_tp.checkpoint import hf_folder, training_state
 from lightning_npu_tp.checkpoint.hf_writer import Entry, ShardPlan
 from lightning_npu_tp.checkpoint.sources import FolderSource
 from lightning_npu_tp.commands.export import bytes_of, export
@@ -212,11 +213,42 @@ def test_tokenizer_files_go_along(tmp_path: Path) -> None:
         (source / name).write_text(f'"{name}"')
     (source / "config.json").write_text('{"model_type": "qwen3_moe"}')
     (source / "generation_config.json").write_text('{"temperature": 0.6, "do_sample": true}')
-    assert command(path, tmp_path / "out", "--tokenizer", source).exit_code == 0
+    done = command(path, tmp_path / "out", "--tokenizer", source)
+    assert done.exit_code == 0 and "does not load, so its copy was not compared" in done.output
     found = {file.name for file in (tmp_path / "out").iterdir()}
     taken = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
     assert found == taken | {"config.json", "generation_config.json", "model.safetensors"}
     assert json.loads((tmp_path / "out/generation_config.json").read_text())["temperature"] == 0.6
+
+
+def words(**ids: int) -> Any:
+    tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0, **ids}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return tokenizer
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_the_tokenizer_is_compared_with_its_source(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, _ = checkpoint(tmp_path)
+    source = tmp_path / "source"
+    PreTrainedTokenizerFast(tokenizer_object=words(Hello=1, world=2), unk_token="[UNK]").save_pretrained(source)
+    given = source if kind == "folder" else (source / "tokenizer.json").rename(tmp_path / "own.json")
+    done = command(path, tmp_path / "good", "--tokenizer", given)
+    assert done.exit_code == 0 and "Its tokenizer loads and encodes a text into the same" in done.output
+    copy = hf_folder.shutil.copyfile
+
+    def otherwise(old: Path, new: Path) -> None:
+        copy(old, new)
+        if new.name == "tokenizer.json":
+            words(Hello=2, world=1).save(str(new))
+
+    monkeypatch.setattr(hf_folder.shutil, "copyfile", otherwise)
+    done = command(path, tmp_path / "other", "--tokenizer", given)
+    assert done.exit_code == 1 and f"encodes a text otherwise than {given}, from token 0 on" in done.output
+    monkeypatch.setattr(hf_folder.shutil, "copyfile", lambda old, new: new.write_text("{"))
+    done = command(path, tmp_path / "torn", "--tokenizer", given)
+    assert done.exit_code == 1 and "does not load, though its source does" in done.output
+    assert not (tmp_path / "other").exists() and not (tmp_path / "torn").exists()
 
 
 def test_sizes_and_plans() -> None:
