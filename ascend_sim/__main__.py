@@ -12,6 +12,9 @@ import sys
 import ascend_sim
 from ascend_sim import faults
 
+# Options without a value.
+_FLAGS = ("--no-check-streams", "-h", "--help")
+
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m ascend_sim", description="The real torch_npu on a simulated card.")
@@ -29,20 +32,28 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--delay-us", type=int, help="how late queued copies and collectives run, in microseconds (0)")
     run.add_argument("--fault", action="append", default=[], help="NAME:key=value,… as in ascend_sim/faults.py")
     run.add_argument("--report-dir", help="folder for one JSON report per process")
-    run.add_argument("program", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     commands.add_parser("build", help="build the libraries now and print their folder")
     return parser
+
+
+def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Our own arguments, and the program's: from its name, `-m`, `-c` or what follows `--`."""
+    at = 1
+    while at < len(arguments) and arguments[at].startswith("-") and arguments[at] not in ("-m", "-c", "--"):
+        # What is written apart from its option is passed over with it.
+        at += 1 if "=" in arguments[at] or arguments[at] in _FLAGS else 2
+    return arguments[:at], arguments[at + 1 :] if arguments[at : at + 1] == ["--"] else arguments[at:]
 
 
 def main(arguments: list[str]) -> int:
     """Run the command; `run` does not return."""
     parser = _parser()
-    options = parser.parse_args(arguments)
+    own, program = _split(arguments)
+    options = parser.parse_args(own)
     try:
         if options.command == "build":
             print(ascend_sim.build.libraries())
             return 0
-        program = options.program[1:] if options.program[:1] == ["--"] else options.program
         if not program:
             parser.error("run needs a script, or -m and a module")
         if options.report_dir:
@@ -58,6 +69,8 @@ def main(arguments: list[str]) -> int:
             check_streams=False if options.no_check_streams else None,
             delay_us=options.delay_us,
         )
+        # A name of an operator is checked by whoever imports torch.
+        faults.check_environment()
     except (ascend_sim.BuildError, ascend_sim.SimulatorError, ValueError) as error:
         print(f"ascend_sim: {error}", file=sys.stderr)
         return 2

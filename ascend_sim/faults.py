@@ -9,8 +9,11 @@ By environment, for a program as it is; several are joined by `;`:
 
     ASCEND_SIM_FAULTS="aclrtMemcpyAsync:code=507899,at=3;HcclAllReduce:exit=9,at=2,rank=1"
 
-NAME is a function of the runtime (`aclrt…`), of HCCL (`Hccl…`), a fault of HCCL's own (`hccl.…`, see below), or an
-operator as PyTorch names it without its overload (`aten::nonzero`, `npu::npu_swiglu`). Options, `key=value`:
+NAME is a function of the runtime (`aclrt…`) or of HCCL (`Hccl…`), which strikes where the host calls it;
+`hccl.HcclAllReduce` and the like, which strike where the card does the work, behind what was queued before it;
+`hccl.connect`, this rank does not join a group in time; or an operator as PyTorch names it without its overload
+(`aten::nonzero`, `npu::npu_swiglu`); or `stream`, the next operator is accepted and fails while it runs, which the next
+call that waits is told, with a code such as 507015. Options, `key=value`:
 
     code    what the call returns (an operator is refused whatever it is). Default for operators 500002.
     at      the n-th call from 1, counted in each process since the fault was set. Default 1.
@@ -32,6 +35,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -41,6 +45,8 @@ VARIABLE = "ASCEND_SIM_FAULTS"
 NUMBERS = ("code", "at", "times", "sleep", "exit", "kill", "rank", "device", "bytes")
 OUT_OF_MEMORY = ("aclrtMalloc", "aclrtMallocAlign32", "aclrtMallocPhysical")
 OPERATOR_REFUSED = 500002
+# An operator that is accepted and fails while it runs.
+STREAM = "stream"
 
 
 class UnknownCall(ValueError):
@@ -119,13 +125,17 @@ def _split(fault: str) -> tuple[str, str]:
 
 
 def _check_name(name: str) -> None:
-    if name.startswith("hccl."):
+    if name == STREAM:
         return
     known = known_calls()
+    if name.startswith("hccl."):
+        known = ["hccl.connect", *(f"hccl.{call}" for call in known if call.startswith("Hccl"))]
     if "::" in name:
-        import torch
-
-        known = sorted({f"{operator.split('.')[0]}" for operator in torch._C._dispatch_get_all_op_names()})
+        # Torch is asked where it is there already; `after_torch_npu` asks again what could not be asked before.
+        if "torch_npu" not in sys.modules:
+            return
+        dispatch_names = sys.modules["torch"]._C._dispatch_get_all_op_names()
+        known = sorted({operator.partition(".")[0] for operator in dispatch_names})
         known = [operator for operator in known if operator.startswith(("aten::", "npu::"))]
     if name not in known:
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)

@@ -10,7 +10,7 @@ import os
 import sys
 from pathlib import Path
 
-from ascend_sim import build, hook, report
+from ascend_sim import build, faults, hook, report
 
 SITE = Path(__file__).resolve().parent / "site"
 # Argument of install -> variable, default.
@@ -94,6 +94,7 @@ def after_torch_npu() -> None:
     from ascend_sim import operators
 
     operators.register()
+    faults.check_environment()
     report.start()
 
 

@@ -15,6 +15,11 @@ std::unordered_map<std::string, int64_t>& table() {
   static auto* counters = new std::unordered_map<std::string, int64_t>;
   return *counters;
 }
+// Operators run, by the address of their name, which spares a string for each.
+std::unordered_map<const char*, int64_t>& operators() {
+  static auto* counters = new std::unordered_map<const char*, int64_t>;
+  return *counters;
+}
 std::atomic<void (*)(const char*)> sync_listener{nullptr};
 thread_local bool telling = false;
 
@@ -39,11 +44,20 @@ ASCEND_SIM_API void ascend_sim_count(const char* name, int64_t value) {
   table()[name] += value;
 }
 
+// `name` has to stay where it is.
+ASCEND_SIM_API void ascend_sim_count_operator(const char* name) {
+  std::lock_guard<std::mutex> lock(mutex);
+  ++operators()[name];
+}
+
 // All counters as lines "name value"; returns the length, and writes only what fits.
 ASCEND_SIM_API int64_t ascend_sim_counters(char* text, int64_t size) {
   std::string all;
   {
     std::lock_guard<std::mutex> lock(mutex);
+    std::unordered_map<std::string, int64_t> by_name;
+    for (auto& [name, value] : operators()) by_name[std::string("operator.") + name] += value;
+    for (auto& [name, value] : by_name) all += name + " " + std::to_string(value) + "\n";
     for (auto& [name, value] : table()) all += name + " " + std::to_string(value) + "\n";
   }
   if (size > 0) {

@@ -59,17 +59,26 @@ int current_device() { return device_of_thread < 0 ? 0 : device_of_thread; }
 void use_device(int device) { device_of_thread = device; }
 const char* last_error() { return error_text.c_str(); }
 
+namespace {
+
+// Threads name themselves only after they have started, so that only a positive answer is final.
+bool thread_is(const char* prefix, bool* known) {
+  if (*known) return true;
+  char name[16] = "";
+  prctl(PR_GET_NAME, name, 0, 0, 0);
+  return *known = std::strncmp(name, prefix, std::strlen(prefix)) == 0;
+}
+
+}  // namespace
+
 bool is_watchdog_thread() {
-  thread_local int answer = -1;
-  if (answer < 0) {
-    char name[16] = "";
-    prctl(PR_GET_NAME, name, 0, 0, 0);
-    bool watchdog = std::strncmp(name, "hccl_", 5) == 0;
-    // The thread names itself only after it has started.
-    if (!watchdog) return false;
-    answer = 1;
-  }
-  return answer == 1;
+  thread_local bool known = false;
+  return thread_is("hccl_", &known);
+}
+
+bool is_launch_thread() {
+  thread_local bool known = false;
+  return thread_is("acl_thread", &known);
 }
 
 }  // namespace ascend_sim

@@ -35,7 +35,6 @@ std::mutex mutex;
 std::list<Fault> faults;
 std::atomic<int> num_faults{-1};  // -1: the environment has not been read
 int next_id = 1;
-thread_local int refusing = 0;
 
 std::vector<std::string> split(const std::string& text, char at) {
   std::vector<std::string> parts(1);
@@ -131,7 +130,6 @@ int suffer(const char* name, uint64_t bytes) {
 }  // namespace
 
 int fault_of_allocation(const char* api, uint64_t bytes) { return suffer(api, bytes); }
-bool operators_refused() { return refusing > 0; }
 
 }  // namespace ascend_sim
 
@@ -160,7 +158,3 @@ ASCEND_SIM_API long ascend_sim_fault_calls(int id) {
   }
   return -1;
 }
-
-// Between the two, operators of libopapi fail on this thread: torch_npu's own kernel then says so in its own words.
-ASCEND_SIM_API void ascend_sim_refuse_operators(int on) { refusing += on ? 1 : -1; }
-ASCEND_SIM_API int ascend_sim_operators_refused() { return operators_refused(); }

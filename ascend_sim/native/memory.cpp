@@ -113,9 +113,10 @@ int copy_async(void* to, const void* from, uint64_t bytes, void* stream_handle, 
     return enqueue(stream, work, false, true);
   }
   Clock clock = clock_of(stream->clock);
-  count_synchronisation(api, host_lacks(clock));
+  bool program_waits = !is_launch_thread();
+  if (program_waits) count_synchronisation(api, host_lacks(clock));
   if (int code = ascend_sim_drain(stream, 0)) return code;
-  host_learns(clock);
+  if (program_waits) host_learns(clock);
   return work();
 }
 

@@ -19,11 +19,8 @@
 
 #include "sim.h"
 
-extern "C" int ascend_sim_operators_refused();
-
 namespace {
 
-constexpr int kInnerError = 561103;
 constexpr int kFailed = 161002;
 
 at::ScalarType dtype_of(int acl) {
@@ -57,7 +54,6 @@ struct Executor {
 int prepare(Executor** executor, uint64_t* workspace, const char* name, Tensors reads, Tensors writes,
             std::function<void()> compute) {
   *workspace = 0;
-  if (ascend_sim_operators_refused()) return kInnerError;
   *executor = new Executor{name, std::move(reads), std::move(writes), std::move(compute)};
   return 0;
 }

@@ -16,8 +16,12 @@
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/library.h>
 
-#include <atomic>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdlib>
 #include <cstring>
+#include <ctime>
 #include <memory>
 #include <string>
 #include <unordered_map>
@@ -34,8 +38,8 @@ using torch::jit::Stack;
 extern "C" void ascend_sim_operator_waits(void* stream, const char* name);
 extern "C" int ascend_sim_num_misuses();
 extern "C" int ascend_sim_take_misuse(char* text, int size);
-extern "C" void ascend_sim_refuse_operators(int on);
-extern "C" int ascend_sim_checking();
+extern "C" const char* aclGetRecentErrMsg();
+extern "C" void ascend_sim_count_operator(const char* name);
 
 namespace c10_npu {
 // As torch_npu exports it: a c10::Stream with a way to the runtime's handle.
@@ -101,6 +105,15 @@ void wait_for(void* stream, c10::Device device) {
   if (ascend_sim_drain(stream, 0) == 0) return;
   // torch_npu words a failed stream itself.
   c10_npu::NPUStream(c10::impl::VirtualGuardImpl(kNpu).getStream(device)).synchronize();
+}
+
+// A core that fails while it works: the operator was accepted, and who waits for the stream is told.
+void fail_later(void* stream, int code) {
+  std::string text = aclGetRecentErrMsg();
+  ascend_sim_push(stream, [code, text] {
+    ascend_sim_set_error(text.c_str());
+    return code;
+  });
 }
 
 // Tell the check which bytes a tensor names. Views with gaps are told row by row, up to a number of rows.
@@ -193,21 +206,17 @@ class DrawsFromNpu {
   at::Tensor saved_;
 };
 
-// A fault asks for the operator to be refused. torch_npu's own kernel finds no kernel in the stubs and says so;
-// where it never asks CANN, its words are used.
-void refuse(const OperatorHandle& op, const std::string& name, Stack* stack) {
-  auto own = own_kernels().find(name);
-  if (own != own_kernels().end()) {
-    Stack arguments = *stack;
-    struct Refusing {
-      Refusing() { ascend_sim_refuse_operators(1); }
-      ~Refusing() { ascend_sim_refuse_operators(0); }
-    } refusing;
-    own->second.callBoxed(op, DispatchKeySet(DispatchKey::PrivateUse1), &arguments);
-    current_stream(c10::impl::VirtualGuardImpl(kNpu).getDevice());
-  }
-  TORCH_CHECK(false, "operator():../torch_npu/csrc/framework/OpParamMaker.cpp:348 OPS function error: ", name,
-              ", error code is 500002\nERR01100 OPS call acl api failed\n[Error]: A GE error occurs in the system.\n"
+// A fault asks for the operator to be refused: in the words of torch_npu for one that CANN cannot compile. Its own
+// kernel is not asked to say them, because it says them on the launch queue, which then takes no more work.
+[[noreturn]] void refuse(const std::string& name, c10::Device device) {
+  char when[32];
+  std::time_t now = std::time(nullptr);
+  std::strftime(when, sizeof when, "%Y-%m-%d-%H:%M:%S", std::localtime(&now));
+  const char* rank = std::getenv("RANK");
+  TORCH_CHECK(false, "operator():../torch_npu/csrc/framework/OpParamMaker.cpp:348 OPS function error: ",
+              name.substr(name.rfind(':') + 1), ", error code is 500002\n[ERROR] ", when, " (PID:", getpid(),
+              ", Device:", static_cast<int>(device.index()), ", RankID:", rank ? rank : "-1",
+              ") ERR01100 OPS call acl api failed\n[Error]: A GE error occurs in the system.\n"
               "        Rectify the fault based on the error information in the ascend log.");
 }
 
@@ -301,12 +310,14 @@ struct Call {
 void compute(const OperatorHandle& op, Stack* stack) {
   const std::string& short_name = op.schema().name();
   const char* name = short_name.c_str();
-  if (C10_UNLIKELY(ascend_sim_fault(name))) refuse(op, full_name(op.operator_name()), stack);
+  if (C10_UNLIKELY(ascend_sim_fault(name))) refuse(short_name, c10::impl::VirtualGuardImpl(kNpu).getDevice());
+  ascend_sim_count_operator(name);
   raise_misuse();
   Call call(op, *stack);
   c10::DeviceGuard guard(*call.device);
   void* stream = current_stream(*call.device);
   wait_for(stream, *call.device);
+  if (int code = ascend_sim_fault("stream"); C10_UNLIKELY(code)) fail_later(stream, code);
   for (const Renamed& tensor : call.tensors) touch(stream, tensor.npu, false, name);
   bool host_waits = op.hasTag(at::Tag::data_dependent_output) || op.hasTag(at::Tag::dynamic_output_shape);
   if (host_waits) ascend_sim_operator_waits(stream, name);
@@ -359,8 +370,9 @@ void copy(const OperatorHandle& op, DispatchKeySet keys, Stack* stack) {
     compute(op, stack);
     return;
   }
-  if (C10_UNLIKELY(ascend_sim_fault("aten::copy_"))) refuse(op, "aten::copy_", stack);
+  if (C10_UNLIKELY(ascend_sim_fault("aten::copy_"))) refuse("copy_", on_npu(self) ? self.device() : source.device());
   raise_misuse();
+  ascend_sim_count_operator("aten::copy_");
   bool non_blocking = torch::jit::peek(*stack, 2, 3).toBool();
   auto plain = [](const at::Tensor& tensor) { return tensor.is_contiguous() && !tensor.is_conj() && !tensor.is_neg(); };
   if (on_npu(self)) {
@@ -380,6 +392,8 @@ void copy(const OperatorHandle& op, DispatchKeySet keys, Stack* stack) {
     own_kernels().at("aten::copy_").callBoxed(op, keys, &call);
     if (!direct) self.copy_(target);
   }
+  // Let the launch queue hand the copy over before the program goes on, so that its buffer is guarded from here on.
+  current_stream(on_npu(self) ? self.device() : source.device());
   torch::jit::drop(*stack, 3);
   stack->emplace_back(self);
   raise_misuse();
@@ -460,6 +474,7 @@ void before_kernel(const std::string& name, at::TensorList reads, at::TensorList
     std::lock_guard<std::mutex> lock(mutex);
     kept = names->insert(name).first->c_str();
   }
+  if (!reads.empty()) ascend_sim_count_operator(kept);
   raise_misuse();
   const at::Tensor* any = nullptr;
   for (const auto& tensor : reads) any = on_npu(tensor) ? &tensor : any;

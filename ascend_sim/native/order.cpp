@@ -51,7 +51,7 @@ Place cut(uintptr_t address) {
   return memory.emplace_hint(next, address, std::move(rest));
 }
 
-std::string describe(const char* verb, const Access& now, bool writes, const Access& earlier, bool earlier_wrote,
+std::string describe(const Access& now, bool writes, const Access& earlier, bool earlier_wrote,
                      uintptr_t begin, uintptr_t end) {
   char text[640];
   std::snprintf(text, sizeof text,
@@ -60,7 +60,6 @@ std::string describe(const char* verb, const Access& now, bool writes, const Acc
                 now.api, names[now.epoch.who].c_str(), writes ? "writes" : "reads",
                 static_cast<unsigned long long>(end - begin), static_cast<unsigned long long>(begin), earlier.api,
                 names[earlier.epoch.who].c_str(), earlier_wrote ? "wrote" : "read");
-  (void)verb;
   return text;
 }
 
@@ -69,7 +68,7 @@ std::string check(const Clock& known, const Access& now, uintptr_t begin, uintpt
   std::string conflict;
   auto compare = [&](const Access& earlier, bool earlier_wrote, uintptr_t from, uintptr_t to) {
     if (!earlier.api || earlier.epoch.who == now.epoch.who || known.knows(earlier.epoch) || !conflict.empty()) return;
-    conflict = describe("", now, writes, earlier, earlier_wrote, std::max(from, begin), std::min(to, end));
+    conflict = describe(now, writes, earlier, earlier_wrote, std::max(from, begin), std::min(to, end));
   };
   Place place = cut(begin);
   cut(end);

@@ -54,8 +54,6 @@ const char* last_error();
 
 // ascend_sim_fault for an allocation, whose size a fault can ask for.
 int fault_of_allocation(const char* api, uint64_t bytes);
-// Whether kernels of the operator library are to fail just now, so that torch_npu words a refused operator itself.
-bool operators_refused();
 
 struct Stream {
   int id;
@@ -95,5 +93,7 @@ void lift_guards();
 void count_synchronisation(const char* api, bool could_block);
 // The watchdog of a process group looks at events in its own time; what it sees must not order anything.
 bool is_watchdog_thread();
+// torch_npu hands work over on a thread of its own (TASK_QUEUE_ENABLE): where that waits, the program does not.
+bool is_launch_thread();
 
 }  // namespace ascend_sim

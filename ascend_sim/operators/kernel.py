@@ -19,6 +19,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from ascend_sim import hook
+from ascend_sim.faults import OPERATOR_REFUSED
+
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -111,26 +114,43 @@ def on_device(result: Any, device: torch.device) -> Any:
     return placed
 
 
-def _catch_up(device: torch.device) -> None:
-    # Any operator of the card waits for what was queued before it on the current stream.
-    torch.empty(1, device=device).zero_()
+def _refused(name: str) -> str:
+    """What torch_npu says of an operator that CANN cannot compile (500002)."""
+    now = time.strftime("%Y-%m-%d-%H:%M:%S")
+    return (
+        f"operator():../torch_npu/csrc/framework/OpParamMaker.cpp:348 OPS function error: {name}, "
+        f"error code is {OPERATOR_REFUSED}\n"
+        f"[ERROR] {now} (PID:{os.getpid()}, Device:0, RankID:{os.environ.get('RANK', '-1')}) "
+        "ERR01100 OPS call acl api failed\n[Error]: A GE error occurs in the system.\n"
+        "        Rectify the fault based on the error information in the ascend log."
+    )
+
+
+def _enter(name: str, reads: Sequence[Tensor]) -> None:
+    # Any operator of the card waits for what was queued before it on the current stream, and may be refused.
+    if hook.library("ascendcl").ascend_sim_fault(name.encode()):
+        raise RuntimeError(_refused(name.removeprefix("npu::")))
+    torch.ops.ascend_sim.before_kernel(name, reads, [])
 
 
 def _kernel(kernel: Kernel) -> Callable[..., Any]:
+    name = f"npu::{kernel.name.partition('.')[0]}"
+
     @functools.wraps(kernel.compute)
     def run(*args: Any, **kwargs: Any) -> Any:
         leaves, spec = pytree.tree_flatten((args, kwargs))
-        device = next(leaf.device for leaf in leaves if isinstance(leaf, Tensor))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        device = tensors[0].device
         if kernel.check is not None:
             kernel.check(*args, **kwargs)
-        _catch_up(device)
+        _enter(name, tensors)
         leaves = [on_host(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         host_args, host_kwargs = pytree.tree_unflatten(leaves, spec)
         # The host's tensors are new ones that need no gradient, so nothing here is recorded.
         result = kernel.compute(*host_args, **host_kwargs)
-        if kernel.inplace:
-            return args[0]
-        return pytree.tree_map(lambda value: on_device(value, device), result)
+        result = args[0] if kernel.inplace else pytree.tree_map(lambda value: on_device(value, device), result)
+        torch.ops.ascend_sim.before_kernel(name, [], [t for t in pytree.tree_leaves(result) if isinstance(t, Tensor)])
+        return result
 
     return run
 
