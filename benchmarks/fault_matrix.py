@@ -1,12 +1,13 @@
-"""Every fault of the table, each while connecting, in a forward pass, in a backward pass and in a save; on simulated cards.
+"""Every fault of the table, each while connecting, in a forward or backward pass and in a save; on simulated cards.
 
     python benchmarks/fault_matrix.py --json benchmarks/results/fault_matrix_sim_2026-11.json
     python benchmarks/fault_matrix.py --codes EI0002 507015 --places forward save --verbose
 
-Needs torch_npu and a C++ compiler (see docs/simulator.md). Two ranks train a small DeepSeek-V2 from a checkpoint on the real
-torch_npu, with a checkpoint after every step; a call of rank 1 fails with the code where the case says. Both ranks must end by
-themselves with another exit code than 0 and within the time given, rank 1 must name the rank, the cause and the remedy as the
-table has them, no process and no shared-memory file may be left, and the newest checkpoint must be whole.
+Needs torch_npu and a C++ compiler (see docs/simulator.md). Two ranks train a small DeepSeek-V2 from a checkpoint on the
+real torch_npu, with a checkpoint after every step; a call of rank 1 fails with the code where the case says. Both ranks
+must end by themselves with another exit code than 0 and within the time given, rank 1 must name the rank, the cause and
+the remedy as the table has them, no process and no shared-memory file may be left, and the newest checkpoint must be
+whole.
 
 To be quick the ranks are forked from one process that has imported everything and used no card.
 """
@@ -79,8 +80,13 @@ HCCL_OTHER = 4
 LEFT_OUT = {
     "NCCL": "the library of CUDA",
     "watchdog": "told by a thread of torch_npu when a collective does not end, see tests/sim/test_hccl_failures.py",
+    "host out of memory": "torch_npu 2.13 does not ask whether memory was pinned, and ends with a segmentation fault",
     "BrokenPipe": "of the processes in which CANN compiles operators, which the simulator does not have",
 }
+
+
+# What cannot happen there.
+NOWHERE = {("out of memory", "save"): "a save copies to the host and allocates nothing on the card"}
 
 
 @dataclass
@@ -140,8 +146,6 @@ def calls(fault: Fault, place: str) -> Iterator[tuple[str, dict[str, Any]]]:
     text = f"{fault.code}: [PID: 1] injected"
     if fault.code == "out of memory":
         yield from ((call, {"code": 207001, "times": 0}) for call in ALLOCATIONS)
-    elif fault.code == "host out of memory":
-        yield "aclrtMallocHost", {"code": 207001, "times": 0}
     elif fault in COLLECTIVES:
         code = HCCL_CODES.get(fault.code, HCCL_OTHER)
         names = ("HcclCommInitRootInfoConfig", "HcclCommInitRootInfo") if place == "connect" else COLLECTIVE_CALLS
@@ -174,7 +178,8 @@ def train(folder: Path, extra: Sequence[Callback], steps: int) -> None:
         enable_model_summary=False,
     )
     newest = newest_complete(folder)
-    data = DataLoader(torch.randint(0, 64, (8, 16)), batch_size=2)
+    # Large enough for activations that do not fit into what the allocator has at hand.
+    data = DataLoader(torch.randint(0, 64, (128, 128)), batch_size=32)
     trainer.fit(Job(), data, ckpt_path=newest)
 
 
@@ -182,8 +187,8 @@ def rank_main(rank: int, port: int, folder: Path, place: str, fault: Fault | Non
     """What a forked rank does; returns its exit code."""
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", GROUP_RANK="0",
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="faults", TORCHELASTIC_USE_AGENT_STORE="False",
-        HCCL_EXEC_TIMEOUT="10", HCCL_CONNECT_TIMEOUT="15",
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="faults",
+        TORCHELASTIC_USE_AGENT_STORE="False", HCCL_EXEC_TIMEOUT="10", HCCL_CONNECT_TIMEOUT="15",
     )  # fmt: skip
     with output.open("w") as file:
         os.dup2(file.fileno(), 1)
@@ -239,7 +244,9 @@ def run_ranks(folder: Path, place: str, fault: Fault | None, place_of_output: Pa
 def leftovers() -> set[str]:
     """Files in shared memory, and processes of this one."""
     running = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
-    return {file.name for file in Path("/dev/shm").iterdir()} | set(running)
+    # Semaphores are those of multiprocessing, which nobody uses here.
+    files = {file.name for file in Path("/dev/shm").iterdir() if not file.name.startswith("sem.mp-")}
+    return files | set(running)
 
 
 def run_case(code: str, place: str, good: Path, room: Path, limit: float, verbose: bool) -> Case:
@@ -264,9 +271,9 @@ def run_case(code: str, place: str, good: Path, room: Path, limit: float, verbos
         ("cause", fault.cause),
         ("change", fault.change),
     ):
-        # For memory the remedies are computed from the run.
-        computed = "would fit" in told or "This rank held" in told
-        if part not in told and not (computed and what != "title"):
+        # For memory the remedies are computed from the run, and the title is in the first line's own words.
+        computed = fault.code == "out of memory" and "NPU out of memory" in told and "This rank held" in told
+        if part not in told and not computed:
             wrong.append(f"the {what} is not told")
     if "rank 1" not in told:
         wrong.append("the rank is not told")
@@ -296,6 +303,8 @@ def main() -> None:
         assert codes == [0, 0] and newest_complete(good) is not None, outputs
         for code in given.codes:
             for place in given.places:
+                if (code, place) in NOWHERE:
+                    continue
                 room = Path(temporary) / f"{code}-{place}".replace(" ", "_")
                 room.mkdir()
                 case = run_case(code, place, good, room, given.limit, given.verbose)
@@ -308,7 +317,7 @@ def main() -> None:
         "cases": len(cases),
         "as_they_must_be": sum(not case.wrong for case in cases),
         "longest_seconds": max(case.seconds for case in cases),
-        "left_out": LEFT_OUT,
+        "left_out": LEFT_OUT | {f"{code} in {place}": reason for (code, place), reason in NOWHERE.items()},
         "table": [asdict(case) for case in cases],
         "date": str(date.today()),
         "machine": f"{os.cpu_count()} cores, {platform.system()} {platform.machine()}, torch {torch.__version__}",
