@@ -344,6 +344,9 @@ def test_transformers_v2_shows_its_loop_and_its_complex_numbers(alone: None) -> 
 # --- the command and the user's own module --------------------------------------------------
 
 
+MADE: list[torch.optim.Optimizer] = []
+
+
 class Users(LightningModule):
     def __init__(self) -> None:
         super().__init__()
@@ -356,7 +359,8 @@ class Users(LightningModule):
         return loss
 
     def configure_optimizers(self) -> Any:
-        return torch.optim.SGD(self.parameters(), lr=0.1)
+        MADE.append(torch.optim.SGD(self.parameters(), lr=0.1))
+        return MADE[-1]
 
 
 def users_module() -> Any:
@@ -382,6 +386,8 @@ def test_the_users_module_is_audited_with_its_hooks_and_optimizer(monkeypatch: A
     assert not content["ok"] and found["place"]["line"] == line and found["kind"] == SYNC
     assert f"{Path(__file__).name}:{line}" in result.output.replace("\n", "") or str(line) in result.output
     assert "1 findings in a training step: host sync 1x" in result.output
+    # As it would be on a card, where nothing was chosen.
+    assert MADE[-1].param_groups[0]["foreach"] is True
     allowed = command(monkeypatch, "--module", f"{__name__}:users_module", "--unconverted", "--allow", "*scalar_dense")
     assert allowed.exit_code == 0 and "nothing in a training step would stall" in allowed.output
 
