@@ -119,7 +119,7 @@ def _making(path: Path, needed: int, peers: Peers, *, folder: bool) -> Generator
                 if fault is not None
                 else f"It needs {size_in_words(needed)}, and {size_in_words(free)} are free."
             )
-            room = "" if fault is not None else "Make room, or save to another folder; "
+            room = "" if fault is not None else "Make room, or save to another folder. "
             raise CheckpointError(
                 f"The checkpoint {path} could not be saved: {failure.words()}. {reason} What was written of it is "
                 f"removed, earlier checkpoints are as they were. {room}With strategy.on_save_error=continue a run goes "
