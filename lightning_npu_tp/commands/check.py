@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 _INDENT = "      "
 _SHOWN = 8
 _WIDTH = 100
+_WORTH_THREADS = 50_000_000
 
 
 def check(
@@ -189,6 +190,7 @@ class _Check:
         from lightning_npu_tp.checkpoint.files import size_in_words
 
         ranks = f"{len(answers)} ranks" if len(answers) > 1 else "1 rank"
+        experts = f", experts over {self.layout.expert}" if self.structure.sizes.experts else ""
         shape = [self.rows, self.length, self.config.vocab_size]
         peaks = [answer.peak for answer in answers]
         self.step_seconds = [
@@ -197,8 +199,8 @@ class _Check:
         ]
         forward, backward = (max(min(times[1:]) for times in (getattr(a, way) for a in answers)) for way in _WAYS)
         return [
-            f"on the device: {self.on}, {ranks} (data {self.layout.data}, tensor {self.layout.tensor}, experts over "
-            f"{self.layout.expert}), {self.dtype}",
+            f"on the device: {self.on}, {ranks} (data {self.layout.data}, tensor {self.layout.tensor}{experts}), "
+            f"{self.dtype}",
             f"  logits {shape}, loss {answers[0].loss:.6f}, gradient norm {answers[0].grad_norm:.6f}",
             f"  first step {_ms(self.step_seconds[0])}, later {_ms(min(self.step_seconds[1:]))} "
             f"(forward {_ms(forward)}, backward {_ms(backward)})",
@@ -226,8 +228,9 @@ class _Check:
         backward = needs[True] <= free
         # Threads that spin while they wait cost a shared machine more than they gain.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        threads = (os.cpu_count() or 1) if self.structure.parameters > _WORTH_THREADS else 1
         (alone,) = run_ranks(
-            checking_ranks.run_alone, 1, self.request, os.cpu_count() or 1, backward, timeout=self.timeout, backend=None
+            checking_ranks.run_alone, 1, self.request, threads, backward, timeout=self.timeout, backend=None
         )
         self.alone, self.differences = alone, checking_ranks.compare(answers, alone)
         bound = checking_ranks.BOUNDS[self.dtype]

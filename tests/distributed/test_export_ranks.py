@@ -151,6 +151,7 @@ def test_a_round_trip_is_bit_identical(
             done = export_checkpoint(
                 folders / f"{dtype}.ckpt", out, model=f"networks.{case}", verify=layout == (1, 1, 1) and not fused
             )
+            assert done.differences == [], case
             before = load_file(source / ("published" if fused else "model.safetensors"))
             after = load_file(out / "model.safetensors")
             assert before.keys() == after.keys(), case
@@ -158,7 +159,7 @@ def test_a_round_trip_is_bit_identical(
             for key, wanted in before.items():
                 assert after[key].dtype == wanted.dtype, (case, key)
                 assert torch.equal(after[key], wanted), (case, key)
-            assert done.differences == [] and done.tensors == len(before)
+            assert done.tensors == len(before)
             assert done.compared == (len(before) if layout == (1, 1, 1) and not fused else None)
             for file in ("config.json", "generation_config.json"):
                 told, meant = (json.loads((place / file).read_text()) for place in (out, source))
