@@ -53,7 +53,8 @@ def counters() -> dict[str, int]:
 @contextlib.contextmanager
 def between() -> Iterator[dict[str, int]]:
     """Fills the dictionary that it gives, at the end of the block, with what the counters grew by meanwhile."""
-    before, grown = counters(), {}
+    before = counters()
+    grown: dict[str, int] = {}
     yield grown
     grown.update({name: value - before.get(name, 0) for name, value in counters().items()})
     for name in [name for name, value in grown.items() if not value]:
@@ -87,8 +88,8 @@ def trace_syncs(on: bool = True) -> None:
 def _note(call: bytes) -> None:
     stack = traceback.extract_stack()[:-1]
     own = [frame for frame in stack if not any(part in frame.filename for part in _LIBRARY_FOLDERS)]
-    frame = (own or stack or [None])[-1]
-    where = f"{frame.filename}:{frame.lineno}" if frame else "a thread without Python"
+    frames = own or list(stack)
+    where = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "a thread without Python"
     _lines[f"{call.decode()} {where}"] += 1
 
 
@@ -102,7 +103,7 @@ def start() -> None:
         trace_syncs()
     if os.environ.get(REPORT_DIR):
         atexit.register(write)
-        os._exit = _writing_first(os._exit)
+        os._exit = _writing_first(os._exit)  # type: ignore[assignment]
         threading.Thread(target=_keep_writing, name="ascend_sim report", daemon=True).start()
 
 
