@@ -4,8 +4,10 @@
 
 DeepSeek-V2-Lite's shapes with fewer layers, bfloat16, in files of about 1 GB. Files are read once before, so that all
 contestants read from the page cache. dd: as many processes as ranks at a time, together the same bytes, into a buffer
-of 4 MiB that each uses again and again. plain: the same with preadv into fresh memory of that size, which is what any
-loader has to do. Memory is the peak of a rank's anonymous memory (mapped files are not in it) above its own shard.
+of 4 MiB that each uses again and again. dd_into_memory: the same dd into files on a tmpfs, which is memory that nobody
+has touched, as a shard's is (null where it would not fit). plain: the same with preadv into fresh memory of that size,
+which is what any loader has to do. Memory is the peak of a rank's anonymous memory (mapped files are not in it) above
+its own shard.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import psutil
 import torch
 import yaml
 from safetensors.torch import save_file
@@ -154,8 +157,26 @@ def plain(rank: int, world: int, folder: str, nbytes: int) -> float:
     return time.perf_counter() - begin
 
 
-def dd(folder: Path, nbytes: int) -> float:
-    """Seconds until `TENSOR` processes have together read so many bytes of the files."""
+MEMORY = Path("/dev/shm")
+
+
+def dd_into_memory(folder: Path, nbytes: int) -> float | None:
+    """The same into files on a tmpfs, which are memory that nobody has touched; None where there is no room."""
+    available = psutil.virtual_memory().available
+    if not MEMORY.is_dir() or min(available, shutil.disk_usage(MEMORY).free) < 1.25 * nbytes:
+        return None
+    place = Path(tempfile.mkdtemp(dir=MEMORY, prefix="load_weights_"))
+    try:
+        return dd(folder, nbytes, into=place)
+    finally:
+        shutil.rmtree(place)
+
+
+def dd(folder: Path, nbytes: int, into: Path | None = None) -> float:
+    """Seconds until `TENSOR` processes have together read so many bytes of the files.
+
+    into: a folder to copy them to; otherwise to /dev/null, where dd's one buffer is used again and again.
+    """
     files = sorted(folder.glob("*.safetensors"))
     each = nbytes // TENSOR
     begin = time.perf_counter()
@@ -163,13 +184,13 @@ def dd(folder: Path, nbytes: int) -> float:
     for rank in range(TENSOR):
         # Each reads its quarter; what is replicated is read by each, hence a little more than the files.
         skip = rank * (sum(f.stat().st_size for f in files) - each) // max(TENSOR - 1, 1)
-        running += read_range(files, skip, each)
+        running += read_range(files, skip, each, None if into is None else into / str(rank))
     for process in running:
         process.wait()
     return time.perf_counter() - begin
 
 
-def read_range(files: list[Path], start: int, count: int) -> list[subprocess.Popen[bytes]]:
+def read_range(files: list[Path], start: int, count: int, into: Path | None = None) -> list[subprocess.Popen[bytes]]:
     """One shell that runs dd over the parts of the files that lie in the range, one after the other."""
     parts = []
     for file in files:
@@ -177,7 +198,8 @@ def read_range(files: list[Path], start: int, count: int) -> list[subprocess.Pop
         first, last = max(start, 0), min(start + count, size)
         if first < last:
             flags = f"bs=4M iflag=skip_bytes,count_bytes skip={first} count={last - first} status=none"
-            parts.append(f"dd if={file} of=/dev/null {flags}")
+            target = "/dev/null" if into is None else f"{into} oflag=append conv=notrunc"
+            parts.append(f"dd if={file} of={target} {flags}")
         start -= size
     return [subprocess.Popen(["sh", "-c", "; ".join(parts)])]
 
@@ -201,10 +223,12 @@ def main() -> None:
 
 def measure(given: argparse.Namespace, folder: Path, size: int) -> None:
     dd(folder, size)
-    rounds: dict[str, list[Any]] = {"ours": [], "dd": [], "plain": [], "transformers": []}
+    rounds: dict[str, list[Any]] = {name: [] for name in ("ours", "dd", "dd_into_memory", "plain", "transformers")}
     contestants: dict[str, Callable[[], Any]] = {
         "ours": lambda: run_ranks(load, TENSOR, str(folder), timeout=600),
         "dd": lambda: dd(folder, sum(rank["bytes_read"] for rank in rounds["ours"][-1])),
+        # One after the other: the copy is gone before the next begins.
+        "dd_into_memory": lambda: dd_into_memory(folder, sum(rank["bytes_read"] for rank in rounds["ours"][-1])),
         "plain": lambda: max(
             run_ranks(plain, TENSOR, str(folder), int(rounds["ours"][-1][0]["bytes_read"]), timeout=600)
         ),
@@ -226,9 +250,13 @@ def measure(given: argparse.Namespace, folder: Path, size: int) -> None:
         "worst_memory_above_shard_and_largest_slice_mib": max(over) / 2**20,
         "seconds": seconds,
         "dd_seconds": rounds["dd"],
+        "dd_into_memory_seconds": rounds["dd_into_memory"],
         "fresh_memory_seconds": rounds["plain"],
         "from_pretrained_seconds_one_process": rounds["transformers"],
         "median_over_dd": median(seconds) / median(rounds["dd"]),
+        "median_over_dd_into_memory": None
+        if None in rounds["dd_into_memory"]
+        else median(seconds) / median(rounds["dd_into_memory"]),
         "median_over_fresh_memory": median(seconds) / median(rounds["plain"]),
         "date": str(date.today()),
         "machine": f"{os.cpu_count()} cores, {platform.system()} {platform.machine()}, torch {torch.__version__}",
