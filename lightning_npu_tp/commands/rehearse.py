@@ -76,8 +76,9 @@ def tables(rehearsal: Rehearsal, top: int) -> list[Table]:
     memory = _table("device memory", "process", "device", "peak MiB")
     for process in rehearsal.processes:
         for device, nbytes in sorted(process.peaks.items()):
-            rank = "?" if process.rank is None else process.rank
-            memory.add_row(f"rank {rank} (pid {process.pid})", str(device), f"{nbytes / 2**20:,.1f}")
+            # The process that the user started has no rank in its environment.
+            who = "main process" if process.rank is None else f"rank {process.rank}"
+            memory.add_row(f"{who} (pid {process.pid})", str(device), f"{nbytes / 2**20:,.1f}")
     found = [memory]
     if rehearsal.traffic:
         traffic = _table("HCCL traffic, all processes", "operation", "group", "calls", "MiB")
@@ -93,9 +94,14 @@ def tables(rehearsal: Rehearsal, top: int) -> list[Table]:
         waits = _table(f"the host waited for the device ({top} most frequent)", "call", "place", "times")
         for place, times in rehearsal.waits.most_common(top):
             call, _, where = place.partition(" ")
-            waits.add_row(call, escape(where), f"{times:,}")
+            waits.add_row(call, escape(_shortened(where)), f"{times:,}")
         found.append(waits)
     return found
+
+
+def _shortened(place: str) -> str:
+    """A place in an installed package from the package on, others from the working folder on."""
+    return place.rpartition("site-packages/")[2].removeprefix(f"{Path.cwd()}/")
 
 
 def _table(title: str, *columns: str) -> Table:

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -60,6 +61,14 @@ def test_reports_of_all_processes_are_added_by_rank_operation_and_group(tmp_path
     }
     assert "7 operators fell back to the CPU, 8 host waits, 1 unordered" in verdict(found)
     assert len(tables(found, top=1)) == 4 and tables(found, top=1)[3].row_count == 1
+
+
+def test_places_are_shown_without_what_is_the_same_for_all():
+    waits = {"aclrtMemcpy /env/site-packages/lightning/a.py:1": 3, f"aclrtMemcpy {Path.cwd()}/train.py:7": 2}
+    process = ProcessReport(1, None, peaks={0: 2**20}, waits=Counter(waits))
+    memory, places = tables(Rehearsal(0, [process]), top=5)
+    assert list(places.columns[1].cells) == ["lightning/a.py:1", "train.py:7"]
+    assert list(memory.columns[0].cells) == ["main process (pid 1)"] and list(memory.columns[2].cells) == ["1.0"]
 
 
 @pytest.mark.parametrize(
