@@ -188,7 +188,7 @@ def rank_main(rank: int, port: int, folder: Path, place: str, fault: Fault | Non
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", GROUP_RANK="0",
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="faults",
-        TORCHELASTIC_USE_AGENT_STORE="False", HCCL_EXEC_TIMEOUT="10", HCCL_CONNECT_TIMEOUT="15",
+        TORCHELASTIC_USE_AGENT_STORE="False", HCCL_EXEC_TIMEOUT="10", HCCL_CONNECT_TIMEOUT="6",
     )  # fmt: skip
     with output.open("w") as file:
         os.dup2(file.fileno(), 1)
