@@ -397,6 +397,40 @@ def slow(rank: Rank, argument: Any) -> Any:
     return seconds
 
 
+def uneven(rank: Rank, argument: int) -> Any:
+    """The operations with a size for each rank that torch_npu does not call on this chip; sizes times `argument`."""
+    _, comm = rank.connect()
+    world, me, numbers = rank.world, rank.rank, c_uint64 * rank.world
+
+    def starts(sizes: list[int]) -> Any:
+        return numbers(*(sum(sizes[:i]) for i in range(world)))
+
+    sizes = [argument * ((2 * source + 1) % 4) for source in range(world)]
+    mine, gathered = rank.memory([me + 1.0] * sizes[me]), rank.memory([0.0] * sum(sizes))
+    table = (numbers(*sizes), starts(sizes))
+    codes = [rank.hccl.HcclAllGatherV(mine, c_uint64(sizes[me]), gathered, *table, FP32, comm, rank.stream)]
+    wanted = [source + 1.0 for source in range(world) for _ in range(sizes[source])]
+
+    rows = rank.memory([float(me * 100 + target) for target in range(world) for _ in range(sizes[target])])
+    share = rank.memory([0.0] * sizes[me])
+    codes += [rank.hccl.HcclReduceScatterV(rows, *table, share, c_uint64(sizes[me]), FP32, MAX, comm, rank.stream)]
+
+    matrix = [[argument * ((source + 2 * target) % 3) for target in range(world)] for source in range(world)]
+    given = rank.memory([float(me * 100 + target) for target in range(world) for _ in range(matrix[me][target])])
+    received = [matrix[source][me] for source in range(world)]
+    taken = rank.memory([0.0] * sum(received))
+    flat = (c_uint64 * world**2)(*(count for row in matrix for count in row))
+    codes += [rank.hccl.HcclAlltoAllVC(given, flat, FP32, taken, FP32, comm, rank.stream)]
+    code = rank.synchronize()["code"]
+    rank.meet("done")
+    return [
+        [*codes, code] == [0] * 4,
+        list(gathered) == wanted,
+        set(share) <= {(world - 1) * 100.0 + me},
+        list(taken) == [source * 100.0 + me for source in range(world) for _ in range(received[source])],
+    ]
+
+
 @contextlib.contextmanager
 def _printing_only_the_result() -> Iterator[None]:
     out = os.dup(1)

@@ -202,6 +202,11 @@ def test_communicators_of_some_ranks_come_from_the_world(tmp_path):
         assert found == [[0, sum(group) if rank in group else None] for group in groups]
 
 
+@pytest.mark.parametrize("size", [3, 100_000])
+def test_operations_with_a_size_for_each_rank(tmp_path, size):
+    assert finish(start("uneven", 3, tmp_path, argument=size)) == [[True] * 4] * 3
+
+
 def test_sixteen_ranks_meet(tmp_path):
     results = finish(start("sums", 16, tmp_path, argument={}))
     assert [result["code"] for result in results] == [0] * 16
