@@ -6,7 +6,13 @@ STAMP := $(VENV)/.installed
 # Without CANN an installed torch_npu breaks `import torch` unless it is kept from loading itself.
 export TORCH_DEVICE_BACKEND_AUTOLOAD ?= 0
 
-.PHONY: install train test lint bench clean
+# A second environment for torch_npu, on top of the first: with it transformers imports torch_npu by itself.
+NPU_VENV ?= .venv-npu
+NPU_RUN := $(NPU_VENV)/bin/python
+NPU_STAMP := $(NPU_VENV)/.installed
+SIMULATED := tests/sim tests/hardware
+
+.PHONY: install train test test-sim test-npu lint bench clean
 
 install: $(STAMP)
 
@@ -19,11 +25,37 @@ $(STAMP): pyproject.toml constraints.txt
 	$(RUN) -m pip install --quiet -c constraints.txt -e '.[train,tracking,dev]'
 	@touch $(STAMP)
 
+# No wheel of torch_npu for this platform (macOS, say) is no error: what needs it is left out and said so.
+$(NPU_STAMP): $(STAMP) constraints.txt
+	$(PYTHON) -m venv $(NPU_VENV)
+	@$(NPU_RUN) -c 'import pathlib, site, sys; at = pathlib.Path(site.getsitepackages()[0]); \
+		packages = pathlib.Path(sys.argv[1]).resolve() / at.relative_to(pathlib.Path(sys.prefix)); \
+		(at / "first.pth").write_text(f"import site; site.addsitedir({str(packages)!r})\n")' $(VENV)
+	@if $(NPU_RUN) -m pip install --quiet --no-deps -c constraints.txt torch_npu; then rm -f $(NPU_VENV)/absent; \
+		elif [ "$$(uname -sm)" = "Linux x86_64" ] || [ "$$(uname -sm)" = "Linux aarch64" ]; then exit 1; \
+		else echo "torch_npu has no wheel for $$(uname -sm)" >$(NPU_VENV)/absent; fi
+	@touch $(NPU_STAMP)
+
 train: $(STAMP)
 	$(RUN) train.py $(ARGS)
 
-test: $(STAMP)
+# Both sessions, the second also where the first fails; ARGS (a folder, -k …) goes to the first, which is then alone.
+test: $(STAMP) $(if $(ARGS),,$(NPU_STAMP))
+ifneq ($(strip $(ARGS)),)
 	$(RUN) -m pytest $(ARGS)
+else
+	$(RUN) -m pytest; first=$$?; $(MAKE) --no-print-directory test-sim; second=$$?; exit $$((first ? first : second))
+endif
+
+# The real torch_npu on simulated cards; needs a C++ compiler.
+test-sim: $(NPU_STAMP)
+	@if [ -f $(NPU_VENV)/absent ]; then echo "skipped: $$(cat $(NPU_VENV)/absent)"; \
+		else set -x; $(NPU_RUN) -m ascend_sim run -n 4 -- -m pytest $(or $(ARGS),$(SIMULATED)); fi
+
+# The same assertions on the cards of this machine; DEVICE=cuda for those.
+test-npu: $(if $(filter cuda,$(DEVICE)),$(STAMP),$(NPU_STAMP))
+	$(if $(filter cuda,$(DEVICE)),$(RUN),$(NPU_RUN)) -m pytest tests/hardware --device $(or $(DEVICE),npu) $(ARGS)
+
 
 lint: $(STAMP)
 	$(RUN) -m ruff check .
@@ -35,4 +67,4 @@ bench: $(STAMP)
 	$(RUN) benchmarks/training_step.py
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(NPU_VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -1,18 +1,24 @@
-"""Bytes per rank: pure arithmetic over the plan, no device and no weights needed.
+"""Bytes per rank: pure arithmetic over the plan and the shapes, no device and no weights needed.
 
-Counts what stays for the whole run: parameters, gradients and optimizer states. Activations and
-communication buffers come on top; they depend on batch and length.
+`rank_memory` counts what stays for the whole run: parameters, gradients and optimizer states. `step_peak` walks
+through one training step as the trainer does it (forward pass with the last step's gradients still there, backward
+pass, optimizer) and adds what layers keep (`activations.py`), what data parallelism gathers and what the optimizer
+needs while it updates. Not counted: an allocator's rounding of activations, workspaces of kernels, and buffers of
+HCCL, which no allocator of torch sees.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
+from lightning_npu_tp.activations import CAUSAL_MASK, Row, Shape, head, layer_rows, most_backward, most_forward
 from lightning_npu_tp.data_parallel import DataParallel
 from lightning_npu_tp.layout import Layout
 from lightning_npu_tp.plan import Rule, chunk_bounds
+from lightning_npu_tp.recompute import Recompute
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,17 @@ class RankMemory:
         return self.parameter_bytes + self.gradient_bytes + self.optimizer_bytes
 
 
+_MIB = 2**20
+
+
+def block(size: int) -> int:
+    """Bytes that torch's caching allocators count for a tensor: from 10 MiB on a block is cut from whole pieces of
+    2 MiB, and a rest of less than 1 MiB stays with it.
+    """
+    whole = -(-size // (2 * _MIB)) * 2 * _MIB
+    return whole if size >= 10 * _MIB and whole - size <= _MIB else -(-size // 512) * 512
+
+
 def rank_memory(
     shapes: Mapping[str, tuple[int, ...]],
     rules: Mapping[str, Rule],
@@ -39,14 +56,16 @@ def rank_memory(
     bytes_per_element: int = 4,
     optimizer_states: int = 2,
     data_parallel: DataParallel = "shard",
+    in_blocks: bool = False,
 ) -> RankMemory:
     """Memory of `rank` of `layout` for parameters of these global shapes.
 
     bytes_per_element: of parameters, gradients and optimizer states (4 for 32-true and the mixed
     precisions, 2 for bf16-true). optimizer_states: tensors per parameter, 2 for AdamW.
     data_parallel: "shard" divides everything over the data ranks too, experts over their replicas.
+    in_blocks: bytes as an allocator counts them, tensor by tensor (`block`).
     """
-    elements = 0
+    elements = size = 0
     for name, shape in shapes.items():
         rule = rules[name]
         ranks = layout.expert if rule.axis == "expert" else layout.tensor
@@ -58,7 +77,153 @@ def rank_memory(
             start, stop = chunk_bounds(own[dim], rank // ranks, replicas)
             own = (*own[:dim], stop - start, *own[dim + 1 :])
         elements += prod(own)
-    size = elements * bytes_per_element
+        own_bytes = prod(own) * bytes_per_element
+        size += block(own_bytes) if in_blocks else own_bytes
     return RankMemory(
         parameters=elements, parameter_bytes=size, gradient_bytes=size, optimizer_bytes=size * optimizer_states
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """What the parameters of a model need; see `rank_memory`."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    rules: Mapping[str, Rule]
+    bytes_per_element: int = 4
+    optimizer_states: int = 2
+    data_parallel: DataParallel = "shard"
+
+    def memory(self, layout: Layout, names: str = "", data_parallel: DataParallel | None = None) -> RankMemory:
+        """Of rank 0, which never holds less than another; of parameters whose name the pattern matches."""
+        return rank_memory(
+            {name: shape for name, shape in self.shapes.items() if re.search(names, name)},
+            self.rules,
+            layout,
+            bytes_per_element=self.bytes_per_element,
+            optimizer_states=self.optimizer_states,
+            data_parallel=data_parallel or self.data_parallel,
+            in_blocks=True,
+        )
+
+
+@dataclass(frozen=True)
+class StepPeak:
+    """The most bytes in tensors at the three parts of a step."""
+
+    forward: int
+    backward: int
+    optimizer: int
+
+    @property
+    def bytes(self) -> int:
+        """The most of all."""
+        return max(self.forward, self.backward, self.optimizer)
+
+
+def step_peak(
+    model: Model, shape: Shape, *, recompute: Recompute = "none", accumulates: bool = False, first: bool = False
+) -> StepPeak:
+    """Peak of a training step of rank 0.
+
+    accumulates: whether gradients of an earlier micro-batch are there in the backward pass.
+    first:       a run's first step, without gradients and optimizer states before it.
+    """
+    standing = model.memory(shape.layout)
+    base = standing.parameter_bytes + (0 if first else standing.optimizer_bytes) + _always_there(shape)
+    # The trainer drops gradients between the forward and the backward pass.
+    old = 0 if first else standing.gradient_bytes
+    layers = _layers(shape, recompute)
+    gathered = _Gathered(model, shape.layout)
+    in_loss, in_loss_backward = head(shape)
+    embedded, normed = shape.stream, shape.stream + (shape.hidden if shape.is_sliced else 0)
+
+    kept, forward = embedded, 0
+    for number, layer in enumerate(layers):
+        forward = max(forward, kept + most_forward(layer.whole) + gathered.forward(number))
+        kept += sum(row.kept for row in layer.kept)
+    kept += normed
+    forward = max(forward, kept + in_loss + gathered.around)
+
+    gradients = old if accumulates else gathered.gradients_around
+    backward = kept + in_loss_backward + gradients + gathered.around
+    for number, layer in reversed(list(enumerate(layers))):
+        kept -= sum(row.kept for row in layer.kept)
+        backward = max(backward, kept + _backward(layer, shape) + gradients + gathered.backward(number))
+        if not accumulates:
+            gradients += gathered.gradients(number)
+        backward = max(backward, kept + shape.stream + gradients + gathered.backward(number))
+    # Of the group with weight decay, nearly all: a square root of the averages while for-each updates.
+    update = standing.parameter_bytes + standing.gradient_bytes + standing.optimizer_bytes + _always_there(shape)
+    return StepPeak(
+        forward=base + old + forward,
+        backward=base + backward,
+        optimizer=update + standing.parameter_bytes,
+    )
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """What the forward pass keeps, and everything that is kept once the layer has been computed again."""
+
+    kept: list[Row]
+    whole: list[Row]
+
+
+def _layers(shape: Shape, recompute: Recompute) -> list[_Layer]:
+    dense = shape.sizes.layers - shape.sizes.sparse_layers
+    layers = []
+    for sparse in [False] * dense + [True] * shape.sizes.sparse_layers:
+        rows = layer_rows(shape, sparse=sparse, keep_experts=recompute != "moe")
+        # The layer's input, which is the result of the layer before.
+        layers.append(_Layer(kept=[Row(kept=shape.stream)] if recompute == "block" else rows, whole=rows))
+    return layers
+
+
+def _backward(layer: _Layer, shape: Shape) -> int:
+    """The most while the backward pass of the layer runs, with what it kept and the gradient that comes in."""
+    most = most_backward(layer.whole)
+    if layer.kept is not layer.whole:
+        most = max(most, most_forward(layer.whole)) + sum(row.kept for row in layer.kept)
+    return most + shape.stream
+
+
+def _always_there(shape: Shape) -> int:
+    return CAUSAL_MASK if "attention" in shape.fused else 0
+
+
+class _Gathered:
+    """Whole parameters and gradients of the layers, beside the slices that data ranks keep."""
+
+    def __init__(self, model: Model, layout: Layout) -> None:
+        self._model, self._layout = model, layout
+        numbers = {int(m.group(1)) for name in model.shapes if (m := re.search(r"layers\.(\d+)\.", name))}
+        self._of = [self._bytes(rf"layers\.{number}\.") for number in sorted(numbers)]
+        whole, sliced = self._bytes(r"^(?!.*layers\.\d+\.)")
+        self._is_shared = model.data_parallel == "shard" and layout.data > 1
+        # The outermost group stays gathered from the forward to the backward pass.
+        self.around = whole if self._is_shared else 0
+        self.gradients_around = sliced
+
+    def _bytes(self, names: str) -> tuple[int, int]:
+        """Of parameters that match: gathered over the data ranks where FSDP does that, and as this rank keeps them."""
+        whole = self._model.memory(self._layout, names, "replicate").parameter_bytes
+        if self._layout.expert_replicas == 1:
+            # Experts that no other rank holds are never gathered.
+            whole -= self._model.memory(self._layout, rf"{names}.*\.experts\.", "replicate").parameter_bytes
+        return whole, self._model.memory(self._layout, names).parameter_bytes
+
+    def forward(self, number: int) -> int:
+        """The layer at work, and the buffer that it came in."""
+        return self.around + 2 * self._of[number][0] if self._is_shared else 0
+
+    def backward(self, number: int) -> int:
+        """The layer at work, the next one arriving, and gradients on their way to be summed."""
+        if not self._is_shared:
+            return 0
+        own, after = self._of[number][0], self._of[number - 1][0] if number else 0
+        return self.around + own + after + 2 * own
+
+    def gradients(self, number: int) -> int:
+        """Of this rank's parameters of the layer."""
+        return self._of[number][1]

@@ -11,6 +11,8 @@ from typing import Any
 
 from lightning_npu_tp.families import common
 
+# No setting says it.
+_HEAD_NORMS = ("qwen3", "qwen3_moe", "olmoe")
 _EXPERTS = ("n_routed_experts", "num_experts", "num_local_experts")
 
 
@@ -24,6 +26,7 @@ class ModelSizes:
     dense_width:          hidden units of an MLP in a layer without experts.
     expert_width:         of one routed expert; shared_width: of all shared experts together.
     shared_gate:          whether the shared experts have a gate of one output.
+    head_norms:           whether queries and keys are normalised before they are rotated.
     """
 
     hidden: int
@@ -43,6 +46,7 @@ class ModelSizes:
     expert_width: int
     shared_width: int
     shared_gate: bool
+    head_norms: bool = False
 
     @classmethod
     def of(cls, config: Any) -> ModelSizes:
@@ -71,6 +75,7 @@ class ModelSizes:
             expert_width=expert_width if experts else 0,
             shared_width=getattr(config, "shared_expert_intermediate_size", 0) or shared_width,
             shared_gate=hasattr(config, "shared_expert_intermediate_size"),
+            head_norms=config.model_type in _HEAD_NORMS,
         )
 
 

@@ -95,8 +95,8 @@ class AllToAll:
         picks = sort_picks(experts_TK, first=0, num_local=group_size(group) * num_local)
         sent_PE = picks.groups.counts_E.view(group_size(group), num_local)
         received_PE, send_rows, recv_rows = remembered(lambda: _exchange_counts(sent_PE, group))
-        sent_ND = self.moves.tokens_to_rows(x_TD, picks)
-        arriving = start_exchange(sent_ND, send_rows, recv_rows, group)
+        # What has been sent or computed with is not named, so that it does not outlive its use.
+        arriving = start_exchange(self.moves.tokens_to_rows(x_TD, picks), send_rows, recv_rows, group)
         aside = meanwhile()
         x_MD = arriving.wait()
         # Received rows are sorted by source and then by expert; each is a token with one pick here.
@@ -104,7 +104,10 @@ class AllToAll:
         expert_M = torch.repeat_interleave(local_PE, received_PE.reshape(-1), output_size=len(x_MD))
         arrived = sort_picks(expert_M[:, None], first=0, num_local=num_local)
         y_MD = experts(x_MD, weights_TK.new_ones(len(x_MD), 1), arrived)
-        y_ND = start_exchange(y_MD, recv_rows, send_rows, group).wait()
+        del arriving, x_MD
+        returning = start_exchange(y_MD, recv_rows, send_rows, group)
+        del y_MD
+        y_ND = returning.wait()
         return self.moves.rows_to_tokens(y_ND, weights_TK, picks).to(x_TD.dtype), aside
 
 
