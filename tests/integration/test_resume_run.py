@@ -131,6 +131,20 @@ def test_rows_that_a_kill_took_come_back(tmp_path: Path) -> None:
     assert not repeated_rows(metrics)
 
 
+@pytest.mark.parametrize("logged, row", [(2, {"step": 2, "epoch": 1, "train/loss": 0.5}), (3, None)])
+def test_a_checkpoint_carries_the_row_of_its_step_until_that_is_logged(logged: int, row: dict | None) -> None:
+    trainer = SimpleNamespace(
+        training=True,
+        global_step=3,
+        current_epoch=1,
+        fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(_batches_that_stepped=logged)),
+        _logger_connector=SimpleNamespace(should_update_logs=True, metrics={"log": {"train/loss": torch.tensor(0.5)}}),
+    )
+    checkpoint: dict = {}
+    ContinueRun().on_save_checkpoint(trainer, None, checkpoint)
+    assert checkpoint.get(ROW) == row
+
+
 def test_a_row_that_is_there_is_not_added_again(tmp_path: Path) -> None:
     logger = CSVMetrics(tmp_path / "metrics.csv")
     logger.add_missing({"step": 0, "epoch": 0, "train/loss": 0.5})
@@ -214,8 +228,8 @@ def test_tensorboard_shows_no_point_twice(tmp_path: Path, row: dict | None) -> N
         first.log_metrics({"train/loss": step / 4}, step=step)
     first.finalize("success")
     second = tensorboard(tmp_path)
-    # Something has opened it before: Lightning logs the hyper-parameters.
-    second.log_hyperparams({"a": 1})
+    # Lightning has opened it before, for the hyper-parameters.
+    second.experiment.add_text("a", "b")
     trainer, checkpoint = going_on([second])
     ContinueRun().on_load_checkpoint(trainer, None, checkpoint | ({} if row is None else {ROW: row}))
     second.log_metrics({"train/loss": 8.0}, step=3)
