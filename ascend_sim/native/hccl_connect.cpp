@@ -86,25 +86,28 @@ void Comm::join(double timeout_s, bool unreachable) {
     }
     header.rounds.ring();
   }
-  const auto is_absent = [&] {
-    std::vector<uint32_t> ranks;
+  std::vector<uint32_t> absent, gave_up;
+  const auto look = [&] {
+    absent.clear();
+    gave_up.clear();
     for (uint32_t rank = 0; rank < num_ranks_; ++rank) {
       const Presence presence = shared_->cell(rank).presence;
-      if (presence != Presence::kJoined && presence != Presence::kLeft) ranks.push_back(rank);
+      if (presence == Presence::kAbsent) absent.push_back(rank);
+      if (presence == Presence::kGaveUp) gave_up.push_back(rank);
     }
-    return ranks;
+    return absent.empty() && gave_up.empty();
   };
   const auto begin = Clock::now();
   header.rounds.sleepers++;
-  std::vector<uint32_t> absent;
+  bool complete = false;
   while (true) {
     const uint32_t seen = header.rounds.events;
-    absent = is_absent();
-    if (absent.empty() || seconds_since(begin) > timeout_s) break;
+    complete = look();
+    if (complete || seconds_since(begin) > timeout_s) break;
     header.rounds.sleep(seen, kPollMs);
   }
   header.rounds.sleepers--;
-  if (absent.empty()) return;
+  if (complete) return;
   if (!unreachable) cell.presence = Presence::kGaveUp;
   throw Failure{
       kTimeout, 0,
@@ -112,6 +115,7 @@ void Comm::join(double timeout_s, bool unreachable) {
                                std::to_string(num_ranks_) + " ranks joined communicator " + name_ + " within " +
                                printed(setting("HCCL_CONNECT_TIMEOUT", kDefaultConnectTimeoutS)) +
                                " s (HCCL_CONNECT_TIMEOUT); missing ranks: " + listed(absent) +
+                               (gave_up.empty() ? "" : "; ranks that had given up: " + listed(gave_up)) +
                                ". The remote does not initiate a connect request.")};
 }
 

@@ -129,10 +129,10 @@ class Rank:
             assert time.monotonic() < deadline, f"{path} did not come"
             time.sleep(0.005)
 
-    def meet(self, name: str) -> None:
-        """Wait for the other ranks, by files and not by what is tested."""
+    def meet(self, name: str, ranks: list[int] | None = None) -> None:
+        """Wait for the other ranks, or some, by files and not by what is tested."""
         (self.folder / f"{name}.{self.rank}").touch()
-        for rank in range(self.world):
+        for rank in ranks or range(self.world):
             self.await_file(self.folder / f"{name}.{rank}")
 
 
@@ -168,7 +168,8 @@ def end(processes: list[subprocess.Popen[str]]) -> None:
 
 
 def connecting(rank: Rank, argument: Any) -> Any:
-    """Join, and say how it went."""
+    """Join once all the ranks of `argument` are there, and say how it went."""
+    rank.meet("here", argument)
     begin = time.monotonic()
     code, _ = rank.connect()
     return {"code": code, "text": rank.text() if code else "", "seconds": time.monotonic() - begin}
@@ -315,9 +316,10 @@ def streams(rank: Rank, argument: Any) -> Any:
 
 
 def grouped(rank: Rank, argument: Any) -> Any:
-    """Both ranks send first: fine within a group (or a batch), a time-out without one."""
-    _, comm = rank.connect(exec_timeout_s=2)
-    peer, size = c_uint32(1 - rank.rank), 200_000
+    """Both ranks send first: fine within a group (or a batch), a time-out without one, however small the message."""
+    alone = argument == "alone"
+    _, comm = rank.connect(exec_timeout_s=1 if alone else 60)
+    peer, size = c_uint32(1 - rank.rank), 4 if alone else 200_000
     out, into = rank.memory([float(rank.rank + 1)] * size), rank.memory([0.0] * size)
     count = c_uint64(size)
     if argument == "batch":

@@ -38,7 +38,7 @@ def nothing_named_is_left():
 
 
 def test_a_rank_that_never_comes_is_named_at_the_connect_timeout(tmp_path):
-    here = finish(start("connecting", 4, tmp_path, ranks=[0, 3], HCCL_CONNECT_TIMEOUT="1"))
+    here = finish(start("connecting", 4, tmp_path, ranks=[0, 3], argument=[0, 3], HCCL_CONNECT_TIMEOUT="1"))
     for result in here:
         assert result["code"] == 9 and 0.9 < result["seconds"] < SOON
         assert "EI0006" in result["text"] and "HCCL_CONNECT_TIMEOUT" in result["text"]
@@ -47,7 +47,9 @@ def test_a_rank_that_never_comes_is_named_at_the_connect_timeout(tmp_path):
 
 def test_a_rank_that_cannot_be_reached_lets_all_fail_at_the_connect_timeout(tmp_path):
     fault = "hccl.connect:code=1,rank=1"
-    results = finish(start("connecting", 2, tmp_path, HCCL_CONNECT_TIMEOUT="1", ASCEND_SIM_FAULTS=fault))
+    results = finish(
+        start("connecting", 2, tmp_path, argument=[0, 1], HCCL_CONNECT_TIMEOUT="1", ASCEND_SIM_FAULTS=fault)
+    )
     assert [result["code"] for result in results] == [9, 9]
     assert "missing ranks: [1]" in results[0]["text"]
 
@@ -78,7 +80,7 @@ def test_a_late_peer_is_an_exec_timeout(tmp_path, setting):
 
 @pytest.mark.parametrize("fault, code", [("sleep=30", "timeout"), ("kill=9", "remote")])
 def test_a_peer_hangs_or_dies_at_its_third_collective(tmp_path, fault, code):
-    settings = {"ASCEND_SIM_FAULTS": f"hccl.HcclAllReduce:at=3,rank=1,{fault}", "HCCL_EXEC_TIMEOUT": "1"}
+    settings = {"ASCEND_SIM_FAULTS": f"hccl.HcclAllReduce:at=3,rank=1,{fault}", "HCCL_EXEC_TIMEOUT": "3"}
     one, other = start("sums", 2, tmp_path, argument={"times": 4}, **settings)
     try:
         (first,) = finish([one])
