@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_npu_tp.activations import fused_by
 from lightning_npu_tp.convert import find_models
 from lightning_npu_tp.errors import LightningNPUTPError
 from lightning_npu_tp.families.registry import FAMILIES
@@ -25,6 +26,7 @@ from lightning_npu_tp.fitting import Run, Told, in_words, kept_for_the_run, read
 from lightning_npu_tp.hccl.fault_table import MEMORY, Fault
 from lightning_npu_tp.hccl.faults import DeviceFault, called, explain
 from lightning_npu_tp.hosts import CommunicationError
+from lightning_npu_tp.kernels import select
 from lightning_npu_tp.plan import match_plan
 from lightning_npu_tp.region import local
 
@@ -136,6 +138,7 @@ def describe_run(trainer: Any, batch_shape: tuple[int, int] | None, *, seen: int
         states = trainer.optimizers[0].state.get(parameter, {})
         tensors_per_parameter = sum(isinstance(value, Tensor) and value.ndim > 0 for value in states.values())
     batch, length = batch_shape or (0, 0)
+    chosen = select(strategy.root_device.type, getattr(strategy, "_kernel_overrides", None))
     return Run(
         sizes=sizes,
         shapes=shapes,
@@ -150,6 +153,8 @@ def describe_run(trainer: Any, batch_shape: tuple[int, int] | None, *, seen: int
         data_parallel=strategy.options.data_parallel,
         sequence_parallel=strategy.options.sequence_parallel,
         recompute=strategy.options.recompute,
+        all_to_all=strategy.options.dispatch == "all_to_all",
+        fused=fused_by(chosen.names),
         seen=seen,
     )
 

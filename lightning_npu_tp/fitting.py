@@ -1,8 +1,9 @@
 """What would have fitted: bytes of one rank by layout, batch, length and recompute, and the nearest that fits.
 
-Pure arithmetic, no device. Weights, gradients and optimizer states come from the plan (`memory.py`, exact);
-activations are counted tensor by tensor as the layers keep them for the backward pass, and raised to what the
-run was seen to hold if that was more. Kernels' workspaces are not known here, so the figures are told as "about".
+Pure arithmetic, no device. Weights, gradients and optimizer states come from the plan (`memory.py`, exact). With the
+fused kernels of an NPU the peak of a whole step does too (`memory.step_peak`); elsewhere activations are counted
+tensor by tensor as the layers keep them for the backward pass. Either is raised to what the run was seen to hold if
+that was more. Kernels' workspaces are not known here, so the figures are told as "about".
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from lightning_npu_tp.activations import Shape
 from lightning_npu_tp.data_parallel import DataParallel
 from lightning_npu_tp.layout import Layout, divisors
-from lightning_npu_tp.memory import rank_memory
+from lightning_npu_tp.memory import Model, rank_memory, step_peak
 from lightning_npu_tp.plan import Rule
 from lightning_npu_tp.recompute import Recompute
 from lightning_npu_tp.sizes import ModelSizes
@@ -84,6 +86,8 @@ class Run:
     units:             {unit: number} that a split must not cut.
     batch, length:     sequences of a data rank's micro-batch, and tokens of each.
     bytes_per_element: of parameters; activation_bytes: of what layers compute in.
+    all_to_all:        whether rows travel though the layout would not ask for it.
+    fused:             operations that torch_npu's fused kernels compute (`activations.fused_by`).
     seen:              bytes of activations that the run was seen to hold; it had not got to its end.
     """
 
@@ -100,6 +104,8 @@ class Run:
     data_parallel: DataParallel = "shard"
     sequence_parallel: bool = False
     recompute: Recompute = "none"
+    all_to_all: bool = False
+    fused: frozenset[str] = frozenset()
     seen: int = 0
 
 
@@ -145,7 +151,9 @@ def layer_bytes(run: Run, *, sparse: bool, recompute: Recompute) -> int:
 
 
 def activations(run: Run) -> int:
-    """Bytes of activations at the peak: what all layers keep, and one layer at work."""
+    """Bytes at the peak beside what stays: what all layers keep, and one layer at work."""
+    if run.fused:
+        return max(0, _step(run) - kept_for_the_run(run))
     sizes = run.sizes
     dense = sizes.layers - sizes.sparse_layers
     kept = dense * layer_bytes(run, sparse=False, recompute=run.recompute)
@@ -153,6 +161,28 @@ def activations(run: Run) -> int:
     at_work = layer_bytes(run, sparse=bool(sizes.sparse_layers), recompute="none")
     # Half of a layer for gradients on their way; what is recomputed comes back whole first.
     return kept + int(at_work * (0.5 if run.recompute == "none" else 1.5))
+
+
+def _step(run: Run) -> int:
+    """Peak of a step with fused kernels; gathered parameters are in it."""
+    shape = Shape(
+        sizes=run.sizes,
+        layout=run.layout,
+        batch=run.batch,
+        length=run.length,
+        unit=run.activation_bytes,
+        sequence_parallel=run.sequence_parallel,
+        all_to_all=run.all_to_all or run.layout.expert != run.layout.tensor,
+        fused=run.fused,
+    )
+    model = Model(
+        shapes=run.shapes,
+        rules=run.rules,
+        bytes_per_element=run.bytes_per_element,
+        optimizer_states=run.optimizer_states,
+        data_parallel=run.data_parallel,
+    )
+    return step_peak(model, shape, recompute=run.recompute).bytes
 
 
 def suggestions(run: Run, usable: int) -> list[str]:
@@ -202,7 +232,7 @@ def _activations_at_least_as_seen(seen_in: Run, run: Run) -> int:
 
 def _gathered(run: Run) -> int:
     """Parameters of one layer that FSDP gathers, twice: the layer at work and the next one."""
-    if run.data_parallel != "shard" or run.layout.data == 1:
+    if run.fused or run.data_parallel != "shard" or run.layout.data == 1:
         return 0
     whole: dict[str, int] = {}
     for name, shape in run.shapes.items():
