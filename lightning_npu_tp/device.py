@@ -81,7 +81,7 @@ def backend_for(device_type: str) -> str:
 def group_timeout(device_type: str, timeout: timedelta) -> timedelta:
     """The time-out to ask for so that a group of this device type waits for `timeout`."""
     if device_type == NPU and timeout == _NOBODYS_TIMEOUT:
-        return timeout + timedelta(milliseconds=1)
+        return timeout + timedelta(seconds=1)
     return timeout
 
 

@@ -57,9 +57,15 @@ class Layout:
         return self.world // self.expert
 
     @property
-    def has_axis_of_all(self) -> bool:
-        """Whether the ranks of some axis are all ranks, whose default group then carries what that axis does."""
-        return self.world in (self.data, self.tensor, self.expert_replicas, self.expert)
+    def axes_of_all(self) -> list[str]:
+        """Axes that have all ranks: the default group is theirs, and carries what they do."""
+        sizes = {
+            DATA_AXIS: self.data,
+            TENSOR_AXIS: self.tensor,
+            EXPERT_REPLICA_AXIS: self.expert_replicas,
+            EXPERT_AXIS: self.expert,
+        }
+        return [axis for axis, size in sizes.items() if size == self.world]
 
     @classmethod
     def resolve(cls, *, world: int, data: Size = "auto", tensor: Size = "auto", expert: Size = "auto") -> Layout:

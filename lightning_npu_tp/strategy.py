@@ -10,6 +10,7 @@ weights). What is kept is its contract: `device_mesh`, the sampler arguments, th
 from __future__ import annotations
 
 import math
+import socket
 import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -54,6 +55,7 @@ from lightning_npu_tp.recompute import Recompute
 from lightning_npu_tp.reduction import reduce_over_data
 from lightning_npu_tp.sampling import count_once
 from lightning_npu_tp.summary import summary_table
+from lightning_npu_tp.terminate import be_silent_at_terminate, last_words, speak_at_terminate
 
 UserConversion = Callable[[LightningModule, Meshes], None]
 
@@ -277,7 +279,7 @@ class NPUTensorParallelStrategy(CheckpointHooks):
         backend = self._backend or backend_for(self.root_device.type)
         assert self.cluster_environment is not None
         hccl = self._hccl or HcclSettings()
-        buffers_mb = hccl.buffers_mb(has_axis_of_all=self.layout.has_axis_of_all)
+        buffers_mb = hccl.buffers_mb(self.layout.axes_of_all)
         open_process_group(
             self.cluster_environment,
             backend=backend,
@@ -285,6 +287,9 @@ class NPUTensorParallelStrategy(CheckpointHooks):
             device=self.root_device,
             buffer_mb=buffers_mb.pop("world", None),
         )
+        if self.root_device.type != "cpu":
+            # gloo has no thread that ends the process.
+            speak_at_terminate(last_words(self.global_rank, socket.gethostname()))
         module = self.lightning_module
         if module is not None and module._trainer is not None:
             require_agreement(run_settings(module.trainer, module, self))
@@ -314,10 +319,9 @@ class NPUTensorParallelStrategy(CheckpointHooks):
                 self._hccl_report.undo()
                 self._hccl_report = None
 
-        groups = (self._groups, *self._adopted)
-        close_all(
-            (self._end_saves, *(one.close for one in groups), close_process_group, undo_settings), failing=failing
-        )
+        groups = [groups.close for groups in (self._groups, *self._adopted)]
+        steps = (self._end_saves, *groups, close_process_group, be_silent_at_terminate, undo_settings)
+        close_all(steps, failing=failing)
 
     # --- setup and teardown --------------------------------------------------------------------
 

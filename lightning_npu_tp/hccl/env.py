@@ -12,7 +12,7 @@ Source: torch_npu 2.13.0 and CANN's documentation; defaults in brackets are the 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Collection, Mapping, MutableMapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
@@ -124,13 +124,18 @@ class HcclSettings:
         self._check_groups()
         self._check_extra()
 
-    def buffers_mb(self, *, has_axis_of_all: bool) -> dict[str, int]:
+    def buffers_mb(self, axes_of_all: Collection[str]) -> dict[str, int]:
         """Group -> MB of each of its two buffers, for groups that have another size than the environment says.
 
-        has_axis_of_all: whether the world's group is also that of an axis, and carries as much.
+        axes_of_all: names of the axes whose group is the world's, which then is as large as they ask for.
         """
-        small = _SMALL_BUFFER_MB if self.buffer_mb is None else min(_SMALL_BUFFER_MB, self.buffer_mb)
-        return ({} if has_axis_of_all else {"world": small}) | dict(self.group_buffers_mb)
+        sizes = dict(self.group_buffers_mb)
+        asked = [sizes[axis] for axis in axes_of_all if axis in sizes]
+        if "world" not in sizes and not axes_of_all:
+            sizes["world"] = _SMALL_BUFFER_MB if self.buffer_mb is None else min(_SMALL_BUFFER_MB, self.buffer_mb)
+        elif "world" not in sizes and asked:
+            sizes["world"] = max(asked)
+        return sizes
 
     def to_environment(self) -> dict[str, str]:
         """The variables that these settings stand for; nothing for a field that is None."""

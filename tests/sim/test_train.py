@@ -11,6 +11,7 @@ import csv
 import os
 import sys
 import warnings
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -163,3 +164,37 @@ def test_one_card_learns_as_the_cpu(on_ranks: Any, on_the_cpu: tuple[Path, float
     ((loss, sightings),) = on_ranks(job, 1, str(tmp_path / "run"), one, backend=None, timeout=120)
     assert apart(column(tmp_path / "run", "train/loss"), column(folder, "train/loss")) <= RELATIVE
     assert abs(loss - wanted) <= RELATIVE * wanted and not sightings
+
+
+def groups(rank: int, world_size: int) -> dict[str, tuple[int | None, float]]:
+    """Buffer in MB and seconds until a collective gives up, of each group of a layout that mixes its axes."""
+    import torch
+    import torch.distributed as dist
+    from lightning.fabric.plugins.environments import LightningEnvironment
+
+    from lightning_npu_tp.layout import Layout, Meshes
+    from lightning_npu_tp.process_group import open_process_group
+
+    torch.npu.set_device(rank)
+    environment = LightningEnvironment()
+    environment.set_global_rank(rank)
+    environment.set_world_size(world_size)
+    half_an_hour = timedelta(minutes=30)
+    open_process_group(
+        environment,
+        backend="cpu:gloo,npu:hccl",
+        timeout=half_an_hour,
+        device=torch.device("npu", rank),
+        buffer_mb=16,
+    )
+    meshes = Meshes.build(Layout(2, 2, 2), "npu", timeout=half_an_hour, buffers_mb={"tensor_parallel": 32})
+    found = {"world": dist.group.WORLD, "tensor": meshes.tensor_group, "data": meshes.data_group}
+    options = {name: group._get_backend(torch.device("npu")).options for name, group in found.items()}
+    return {name: (o.hccl_config.get("hccl_buffer_size"), o._timeout.total_seconds()) for name, o in options.items()}
+
+
+def test_groups_have_the_buffers_and_the_time_that_they_were_given(on_ranks: Any) -> None:
+    """Half an hour is what torch_npu takes for nobody's choice: it would wait for 3636 s."""
+    for found in on_ranks(groups, 4, backend=None, timeout=120):
+        assert {name: size for name, (size, _) in found.items()} == {"world": 16, "tensor": 32, "data": None}
+        assert all(1800 <= seconds < 1802 for _, seconds in found.values()), found

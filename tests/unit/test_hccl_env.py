@@ -132,11 +132,13 @@ def test_what_the_library_would_ignore_or_replace_is_refused(settings, words):
 
 
 def test_the_group_of_all_ranks_has_small_buffers_unless_an_axis_uses_it_or_the_user_says_otherwise():
-    assert HcclSettings().buffers_mb(has_axis_of_all=False) == {"world": 16}
-    assert HcclSettings(buffer_mb=8).buffers_mb(has_axis_of_all=False) == {"world": 8}
-    assert HcclSettings().buffers_mb(has_axis_of_all=True) == {}
+    assert HcclSettings().buffers_mb([]) == {"world": 16}
+    assert HcclSettings(buffer_mb=8).buffers_mb([]) == {"world": 8}
+    assert HcclSettings().buffers_mb(["tensor_parallel"]) == {}
     settings = HcclSettings(group_buffers_mb={"world": 64, "expert_parallel": 400})
-    assert settings.buffers_mb(has_axis_of_all=False) == {"world": 64, "expert_parallel": 400}
+    assert settings.buffers_mb(["expert_parallel"]) == {"world": 64, "expert_parallel": 400}
+    settings = HcclSettings(group_buffers_mb={"expert_parallel": 400})
+    assert settings.buffers_mb(["expert_parallel"])["world"] == 400
 
 
 def test_what_the_user_exported_wins_and_is_reported():

@@ -32,7 +32,7 @@ def test_auto_sizes_use_every_rank_once(given, layout):
     assert resolved.data * resolved.tensor == resolved.world == given["world"]
     assert resolved.expert_replicas * resolved.expert == resolved.world
     # Whether some axis has all ranks: here all but the two that mix the axes.
-    assert resolved.has_axis_of_all == (layout not in {(2, 4, 4), (4, 2, 2)})
+    assert bool(resolved.axes_of_all) == (layout not in {(2, 4, 4), (4, 2, 2)})
 
 
 @pytest.mark.parametrize(
