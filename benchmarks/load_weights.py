@@ -98,7 +98,8 @@ def write_checkpoint(folder: Path, gigabytes: float) -> Any:
         if size > 1e9:
             flush()
             size = 0
-    flush()
+    if tensors:
+        flush()
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
     return config
 
@@ -147,9 +148,11 @@ def plain(rank: int, world: int, folder: str, nbytes: int) -> float:
     torch.distributed.barrier()
     begin = time.perf_counter()
     memory = memoryview(torch.empty(nbytes, dtype=torch.uint8).numpy())  # type: ignore[arg-type]
-    done = 0
+    files = sorted(Path(folder).glob("*.safetensors"))
+    # A small checkpoint has fewer files than there are ranks.
+    first, done = rank % len(files), 0
     while done < nbytes:
-        for file in sorted(Path(folder).glob("*.safetensors"))[rank % 4 :]:
+        for file in files[first:]:
             descriptor, offset = os.open(file, os.O_RDONLY), 0
             while done < nbytes and (count := os.preadv(descriptor, [memory[done : done + (1 << 26)]], offset)):
                 done, offset = done + count, offset + count
