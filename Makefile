@@ -12,7 +12,7 @@ NPU_RUN := $(NPU_VENV)/bin/python
 NPU_STAMP := $(NPU_VENV)/.installed
 SIMULATED := tests/sim tests/hardware
 
-.PHONY: install train test test-sim test-npu lint bench clean
+.PHONY: install install-npu train test test-sim test-npu lint bench clean
 
 install: $(STAMP)
 
@@ -36,6 +36,8 @@ $(NPU_STAMP): $(STAMP) constraints.txt
 		else echo "torch_npu has no wheel for $$(uname -sm)" >$(NPU_VENV)/absent; fi
 	@touch $(NPU_STAMP)
 
+install-npu: $(NPU_STAMP)
+
 train: $(STAMP)
 	$(RUN) train.py $(ARGS)
 
@@ -55,7 +57,6 @@ test-sim: $(NPU_STAMP)
 # The same assertions on the cards of this machine; DEVICE=cuda for those.
 test-npu: $(if $(filter cuda,$(DEVICE)),$(STAMP),$(NPU_STAMP))
 	$(if $(filter cuda,$(DEVICE)),$(RUN),$(NPU_RUN)) -m pytest tests/hardware --device $(or $(DEVICE),npu) $(ARGS)
-
 
 lint: $(STAMP)
 	$(RUN) -m ruff check .
