@@ -201,13 +201,17 @@ class Result:
         return all(value == 0 for value in self.state.values()) and all(v <= BOUND for v in self.loss.values())
 
 
+def write_text(folder: Path) -> None:
+    """What is trained on: one token a byte, and the document's end."""
+    words = "".join(f"{number} sheep jumped. " for number in range(999))
+    (folder / "text.txt").write_text(words[: _SEQUENCES * _LENGTH])
+
+
 def resume_table(
     run: Callable[..., list[Any]], folder: Path, family: str, layouts: Sequence[Sizes] = LAYOUTS, timeout: float = 600.0
 ) -> Result:
     """Fill the tables; `run(function, world, *arguments, timeout=, backend=None)` starts ranks, which may be kept."""
-    words = "".join(f"{number} sheep jumped. " for number in range(999))
-    # One token a byte, and the document's end.
-    (folder / "text.txt").write_text(words[: _SEQUENCES * _LENGTH])
+    write_text(folder)
     worlds = {
         data * tensor: [sizes for sizes in layouts if sizes[0] * sizes[1] == data * tensor]
         for data, tensor, _ in layouts

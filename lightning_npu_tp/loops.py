@@ -176,6 +176,19 @@ class FitLoop(_FitLoop):
         """Whether to leave the loop."""
         return not getattr(self.epoch_loop, "has_something_left", False) and super().done
 
+    def state_dict(self, destination: dict[str, Any] | None = None, prefix: str = "") -> dict[str, Any]:
+        """Lightning's state, but an epoch that a limit of steps or a callback has cut short is still being trained.
+
+        Lightning counts it as done; what is saved at its end, or when `fit` has returned, would go on with the next.
+        """
+        found: dict[str, Any] = super().state_dict(destination, prefix)
+        current = self.epoch_progress.current
+        batches = self.epoch_loop.batch_progress.current.ready
+        if current.ready == current.processed and batches and not self.epoch_loop._num_ready_batches_reached():
+            for part in found[f"{prefix}epoch_progress"].values():
+                part["processed"] = part["completed"] = part["ready"] - 1
+        return found
+
     @property
     def restarting(self) -> bool:
         """Whether an epoch was begun before this process."""

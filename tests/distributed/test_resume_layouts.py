@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch import Callback
 
 from benchmarks import resume_table
-from benchmarks.resume_table import BOUND, LAYOUTS, Result
+from benchmarks.resume_table import BOUND, LAYOUTS, SAVED_AFTER, STEPS, Result
 
 
 def test_every_layout_resumes_from_every_other(on_ranks: Any, tmp_path: Path) -> None:
@@ -26,6 +27,36 @@ def test_every_layout_resumes_from_every_other(on_ranks: Any, tmp_path: Path) ->
     # Other additions in other layouts, of one process none; nothing at all would say that nothing was compared.
     assert 0 < max(result.loss.values()) <= BOUND and result.loss[(1, 1, 1), (1, 1, 1)] == 0
     assert result.holds
+
+
+class SaveAtTheEnd(Callback):
+    """Saves where ModelCheckpoint saves by default: at the end of an epoch, also one that is cut short."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
+        if trainer.global_step == SAVED_AFTER:
+            trainer.save_checkpoint(self.path)
+
+
+def cut_short(rank: int, world: int, folder: str, layout: Any) -> list[dict[int, float]]:
+    def losses(steps: int, **more: Any) -> dict[int, float]:
+        return resume_table.fit(folder, "llama", layout, steps, **more).losses
+
+    straight = losses(STEPS)
+    within = f"{folder}/within.ckpt"
+    module = resume_table.fit(folder, "llama", layout, SAVED_AFTER, save=SaveAtTheEnd(within))
+    module.trainer.save_checkpoint(f"{folder}/after.ckpt")
+    return [straight, losses(STEPS, checkpoint=within), losses(STEPS, checkpoint=f"{folder}/after.ckpt")]
+
+
+def test_an_epoch_that_a_limit_of_steps_cut_short_goes_on_where_it_was(on_ranks: Any, tmp_path: Path) -> None:
+    """A user who saves when `fit` has returned, and trains longer, gets the run that was never cut."""
+    resume_table.write_text(tmp_path)
+    straight, *resumed = on_ranks(cut_short, 1, str(tmp_path), (1, 1, 1), timeout=120)[0]
+    for losses in resumed:
+        assert losses == {step: straight[step] for step in range(SAVED_AFTER, STEPS)}
 
 
 def test_any_difference_shows() -> None:
