@@ -27,8 +27,8 @@ from lightning_npu_tp.activations import Shape, fused_by
 from lightning_npu_tp.convert import Options, convert, find_models
 from lightning_npu_tp.device import backend_for, torch_module
 from lightning_npu_tp.families.registry import FAMILIES
-from lightning_npu_tp.layout import Groups, Layout, Meshes
-from lightning_npu_tp.memory import Model, step_peak
+from lightning_npu_tp.layout import Groups, Layout, Meshes, resolve_dispatch
+from lightning_npu_tp.memory import Model, StepPeak, step_peak
 from lightning_npu_tp.moe.router import TopKRouter
 from lightning_npu_tp.plan import match_plan
 from lightning_npu_tp.sizes import ModelSizes
@@ -132,9 +132,6 @@ def measure(
     config = AutoConfig.for_model(architecture, **values)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config).to(dtype)
-    _, _, family = next(find_models(model, FAMILIES))
-    shapes = {key: tuple(parameter.shape) for key, parameter in model.named_parameters()}
-    rules = match_plan(family.plan(config), shapes, family=family.name)
     chosen, how, meshes = kernels.select(device_type), Options(**options), Meshes.build(layout, device_type)
     convert(
         model, meshes=meshes, groups=Groups(meshes), kernels=chosen, device=device, dtype=dtype, seed=0, options=how
@@ -162,6 +159,23 @@ def measure(
         measured["backward"] = peak()
         optimizer.step()
         measured["optimizer"] = peak()
+    predicted = predict(name, layout, options, dtype, device_type)
+    parts = {part: getattr(predicted, part) for part in measured}
+    if world_size > 1:
+        dist.barrier()
+    return measured, parts
+
+
+def predict(
+    name: str, layout: Layout, options: dict[str, Any], dtype: torch.dtype, device_type: str = "npu"
+) -> StepPeak:
+    """The arithmetic for one of the models; needs no device."""
+    architecture, values, batch, length = MODELS[name]
+    config, how = AutoConfig.for_model(architecture, **values), Options(**options)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    _, _, family = next(find_models(model, FAMILIES))
+    shapes = {key: tuple(parameter.shape) for key, parameter in model.named_parameters()}
     shape = Shape(
         sizes=ModelSizes.of(config),
         layout=layout,
@@ -169,15 +183,16 @@ def measure(
         length=length,
         unit=dtype.itemsize,
         sequence_parallel=how.sequence_parallel,
-        all_to_all=layout.expert != layout.tensor or how.dispatch == "all_to_all",
-        fused=fused_by(chosen.names),
+        all_to_all=resolve_dispatch(layout, how.dispatch) == "all_to_all",
+        fused=fused_by(kernels.select(device_type).names),
     )
-    held = Model(shapes=shapes, rules=rules, bytes_per_element=dtype.itemsize, data_parallel=how.data_parallel)
-    predicted = step_peak(held, shape, recompute=how.recompute)
-    parts = {part: getattr(predicted, part) for part in measured}
-    if world_size > 1:
-        dist.barrier()
-    return measured, parts
+    held = Model(
+        shapes=shapes,
+        rules=match_plan(family.plan(config), shapes, family=family.name),
+        bytes_per_element=dtype.itemsize,
+        data_parallel=how.data_parallel,
+    )
+    return step_peak(held, shape, recompute=how.recompute)
 
 
 def _choose_evenly(model: Any) -> None:

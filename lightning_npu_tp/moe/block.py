@@ -194,7 +194,7 @@ class MoEBlock(nn.Module):
             mask_BS = own_slice(mask_BS, group)
         if not is_second_run():
             self._count(routing.experts_TK)
-        self.aux_loss = None
+            self.aux_loss = None
         if not self.training or (self.aux_loss_alpha <= 0 and self.z_loss_coef <= 0):
             return
         reduce = partial(reduce_from_group, group=group) if self.region.is_sliced else None
@@ -209,7 +209,10 @@ class MoEBlock(nn.Module):
         if self.z_loss_coef > 0:
             mask_T = None if mask_BS is None else mask_BS.flatten()
             losses.append(self.z_loss_coef * router_z_loss(routing.logits_TE, mask_T, reduce=reduce))
-        self.aux_loss = sum(losses[1:], losses[0])
+        total = sum(losses[1:], losses[0])
+        # A second run's would keep all that was computed again alive until the next forward pass.
+        if not is_second_run():
+            self.aux_loss = total
 
     def _count(self, experts_TK: Tensor) -> None:
         group = self.region.groups.tensor()
