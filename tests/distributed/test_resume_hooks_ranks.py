@@ -197,7 +197,7 @@ class AsksWithin(Callback):
         if batch_idx % 4 == 1:
             trainer.save_checkpoint(f"{self.folder}/between_{trainer.global_step}.ckpt")
 
-    def on_before_zero_grad(self, trainer: Any, *args: Any) -> None:
+    def on_before_optimizer_step(self, trainer: Any, *args: Any) -> None:
         trainer.save_checkpoint(f"{self.folder}/inside_{trainer.global_step}.ckpt")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -174,3 +175,36 @@ def test_a_device_that_fails_in_a_save_is_explained_instead_of_the_disk(
     assert "507015: an operator on a matrix core failed" in told and "token ids and labels" in told
     assert "It needs" not in told and "earlier checkpoints are as they were" in told
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_makes_room_for_a_checkpoint_that_waits_goes_only_once_that_is_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    strategy, seen = NPUTensorParallelStrategy(), []
+    old, new, never = (tmp_path / name for name in ("old.ckpt", "new.ckpt", "never.ckpt"))
+    old.mkdir()
+
+    def save(path: Path) -> None:
+        seen.append((path, old.exists()))
+        if fails:
+            raise FULL
+
+    module = SimpleNamespace(trainer=SimpleNamespace(save_checkpoint=save))
+    monkeypatch.setattr(NPUTensorParallelStrategy, "_module", module)
+    for path in (never, new, new):
+        strategy._postponed.add(path)
+    # Of two that are asked for within one step, ModelCheckpoint may keep one.
+    strategy.remove_checkpoint(never)
+    strategy.remove_checkpoint(old)
+    assert old.exists()
+    if fails:
+        with pytest.raises(CheckpointError):
+            strategy._save_postponed()
+    else:
+        strategy._save_postponed()
+    assert seen == [(new, True)] and old.exists() == fails
+    strategy._save_postponed()
+    assert len(seen) == 1
+    strategy.remove_checkpoint(old)
+    assert not old.exists()
