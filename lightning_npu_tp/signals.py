@@ -120,9 +120,11 @@ class SignalWatch:
         threading.Thread(target=work, name="signal countdown", daemon=True).start()
 
     def _after_sigterm(self) -> None:
-        self._notice()
-        time.sleep(self._grace_seconds)
-        self._end(TERMINATED)
+        try:
+            self._notice()
+        finally:
+            time.sleep(self._grace_seconds)
+            self._end(TERMINATED)
 
     def _after_sigint(self) -> None:
         time.sleep(self._grace_seconds)

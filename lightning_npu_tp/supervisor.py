@@ -9,6 +9,7 @@ is started and heard is `processes.py`; when a run begins is `launcher.py`.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import logging
 import os
 import re
@@ -340,13 +341,16 @@ def end_now(exit_code: int) -> NoReturn:
 
 def say(text: str) -> None:
     """Write to stderr from any thread, past whatever replaced sys.stderr."""
-    os.write(2, f"\n{text}\n".encode())
+    # Whoever read it may be gone, as after a lost connection; what is to be done has to be done all the same.
+    with contextlib.suppress(OSError):
+        os.write(2, f"\n{text}\n".encode())
 
 
 def _flush() -> None:
     logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
 
 
 def _who(child: ChildProcess) -> str:

@@ -8,6 +8,7 @@ Turning the watchdogs off instead would let a run that hangs go on hanging.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 from collections.abc import Callable
@@ -42,7 +43,8 @@ def speak_at_terminate(text: str) -> None:
 
     def speak() -> None:
         # Nothing but system calls: this thread is not Python's, and the others go on meanwhile.
-        os.write(2, line)
+        with contextlib.suppress(OSError):
+            os.write(2, line)
         if previous:
             _HANDLER(previous)()
         os.abort()

@@ -3,6 +3,9 @@ after another one raised, and a failure of teardown that nobody hears of."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -11,6 +14,7 @@ from torch.distributed.tensor import distribute_module
 from lightning_npu_tp import NPUTensorParallelStrategy
 from lightning_npu_tp.closing import close_all
 from lightning_npu_tp.hccl.faults import DeviceFault
+from lightning_npu_tp.signals import TERMINATED, SignalWatch
 
 
 def refuse() -> None:
@@ -77,3 +81,20 @@ def test_the_error_that_is_told_is_the_first_one(in_training: bool):
         trainer.fit(BrokenDevice(in_training=in_training))
     # What comes after the step that failed was done as well.
     assert not torch.distributed.is_initialized()
+
+
+def test_a_reader_that_is_gone_keeps_no_process_from_ending():
+    text = (
+        "import os; from lightning_npu_tp.supervisor import end_now, say\n"
+        "read, write = os.pipe(); os.dup2(write, 1); os.dup2(write, 2); os.close(read)\n"
+        "say('words'); end_now(7)"
+    )
+    assert subprocess.run([sys.executable, "-c", text], timeout=120).returncode == 7
+
+
+def test_a_rank_is_ended_after_its_time_also_where_nobody_could_be_told():
+    ended: list[int] = []
+    watch = SignalWatch(on_sigterm=lambda: None, grace_seconds=0.0, notice=refuse, end=ended.append)
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        watch._after_sigterm()
+    assert ended == [TERMINATED]
