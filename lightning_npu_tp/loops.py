@@ -182,7 +182,7 @@ class FitLoop(_FitLoop):
         Lightning counts it as done; what is saved at its end, or when `fit` has returned, would go on with the next.
         """
         found: dict[str, Any] = super().state_dict(destination, prefix)
-        current = self.epoch_progress.current
+        current: Any = self.epoch_progress.current
         batches = self.epoch_loop.batch_progress.current.ready
         if current.ready == current.processed and batches and not self.epoch_loop._num_ready_batches_reached():
             for part in found[f"{prefix}epoch_progress"].values():
