@@ -42,22 +42,25 @@ def train(folder: Path, *settings: str, code: int = 0) -> str:
 
 def test_a_run_that_is_killed_and_gone_on_with_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
     straight, killed = tmp_path / "straight", tmp_path / "killed"
+    begin = time.monotonic()
     told = train(straight, "trainer.max_steps=24")
+    # On a busy machine a life of fixed length would end before training begins.
+    longest = time.monotonic() - begin
     assert "No complete checkpoint yet: starting anew." in told
     rng, lives = random.Random(1), []
     while len(lives) < 2:
-        lives.append(life(killed, 24, [], rng, 11.0))
+        lives.append(life(killed, 24, [], rng, longest))
         assert not lives[-1]["left"]
+    claimed = (killed / "config.yaml").exists()
     told = train(killed, "trainer.max_steps=24", "strategy.async_save=true")
-    if any(path.suffix == ".ckpt" for path in (killed / "checkpoints").iterdir()):
-        assert "strategy.async_save: False -> True" in told
+    assert ("strategy.async_save: False -> True" in told) == claimed
     wanted, found = tensors(straight), tensors(killed)
     assert wanted.keys() == found.keys() and all(torch.equal(wanted[name], found[name]) for name in wanted)
     for key in ("train/loss", "val/loss"):
         rows = points(straight / "metrics.csv", key)
         assert len(rows) >= 3 and points(killed / "metrics.csv", key) == rows
     # The config of the first start stays.
-    assert yaml.safe_load((killed / "config.yaml").read_text())["strategy"]["async_save"] is False
+    assert yaml.safe_load((killed / "config.yaml").read_text())["strategy"]["async_save"] is not claimed
     # A finished run has nothing left to do, and says from where.
     assert "Going on from" in train(killed, "trainer.max_steps=24")
     assert points(killed / "metrics.csv", "train/loss") == points(straight / "metrics.csv", "train/loss")
