@@ -36,7 +36,7 @@ from typing import Any
 
 import ascend_sim
 
-ascend_sim.install(devices=2)
+ascend_sim.install()
 
 import torch  # noqa: E402
 import torch_npu  # noqa: E402, F401

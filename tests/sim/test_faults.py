@@ -45,6 +45,21 @@ def test_the_text_of_a_fault_reaches_the_error() -> None:
         torch.npu.synchronize()
 
 
+def test_an_operator_that_fails_while_it_runs_is_told_by_the_next_call_that_waits() -> None:
+    # A failed stream stays so; the process is one of its own.
+    program = """
+import ascend_sim
+with ascend_sim.inject("stream", code=507015, text="EZ9999: the core has stopped"):
+    y = x + 1
+try:
+    torch.npu.current_stream().synchronize()
+except RuntimeError as error:
+    print("told" if "507015" in str(error) and "the core has stopped" in str(error) else error)
+"""
+    done = child(program)
+    assert done.stdout.splitlines()[-1] == "told", done.stdout + done.stderr
+
+
 def test_memory_ends_at_an_allocation_of_a_size() -> None:
     torch.npu.empty_cache()
     with inject("aclrtMallocAlign32", code=207001, bytes=1 << 30, times=0):

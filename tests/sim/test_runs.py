@@ -1,0 +1,63 @@
+"""Whole runs on simulated cards: faults at places of a run, and a rehearsal summed up.
+
+Catches a fault that is not explained, a run that hangs or leaves something behind, a checkpoint that a fault damages,
+and a rehearsal that misses what its processes did. `benchmarks/fault_matrix.py` runs every code; here are two.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(*command: str, timeout: float) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=timeout, env=dict(os.environ)
+    )
+
+
+def test_a_fault_ends_all_ranks_with_cause_and_remedy_and_a_whole_checkpoint(tmp_path: Path) -> None:
+    table = tmp_path / "table.json"
+    asked = ("--codes", "507015", "EI0012", "--places", "forward", "save", "--json", str(table))
+    done = run("benchmarks/fault_matrix.py", *asked, timeout=250)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    cases = json.loads(table.read_text())["table"]
+    assert [(case["code"], case["place"]) for case in cases] == [
+        (code, place) for code in ("507015", "EI0012") for place in ("forward", "save")
+    ]
+    assert all(case["struck"] and 0 not in case["exit_codes"] and not case["wrong"] for case in cases)
+
+
+CHILD = """
+import sys, torch, torch_npu
+x = torch.ones(4 << 20, device="npu:1")
+print("child", (x + 1).sum().item())
+"""
+PARENT = f"""
+import subprocess, sys, torch, torch_npu
+subprocess.run([sys.executable, "-c", {CHILD!r}], check=True)
+x = torch.ones(8 << 20, device="npu:0")
+x[:9].mode()
+sys.exit(3)
+"""
+
+
+def test_a_rehearsal_sums_up_what_its_processes_did(tmp_path: Path) -> None:
+    program = "from lightning_npu_tp.cli import app; app()"
+    sums = tmp_path / "sums.json"
+    done = run(
+        "-c", program, "rehearse", "-n", "4", "--json", str(sums), "--", sys.executable, "-c", PARENT, timeout=200
+    )
+    assert done.returncode == 3, done.stdout + done.stderr
+    told = json.loads(sums.read_text())
+    assert told["exit_code"] == 3 and len(told["processes"]) == 2
+    first, second = told["processes"]
+    assert first["peak_bytes"]["0"] >= 32 << 20 and second["peak_bytes"]["1"] >= 16 << 20
+    assert any("mode" in name for name in told["fallbacks"]) and told["unordered_accesses"] == 0
+    assert any(place.startswith("aten::_local_scalar_dense") for place in told["host_waits"])
+    assert "exit code 3; 2 processes on simulated cards" in done.stdout
