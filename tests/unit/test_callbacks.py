@@ -142,6 +142,16 @@ def test_the_warm_up_really_runs_the_model_forward_and_backward() -> None:
     assert len(seen) == 4
 
 
+def test_the_warm_up_waits_for_the_device_before_it_reads_the_clock(monkeypatch) -> None:
+    """Work on a card is only queued when the call returns; without the waits nothing would have been warmed up."""
+    module, seen = small_model(), []
+    module.model.register_forward_pre_hook(lambda *args: seen.append("forward"))
+    stand_in = SimpleNamespace(synchronize=lambda device: seen.append("wait"))
+    monkeypatch.setattr(warmup_module, "torch_module", lambda device_type: stand_in)
+    fit(module, [Warmup(max_length=4)], max_steps=1)
+    assert seen[:3] == ["wait", "forward", "wait"]
+
+
 def test_given_tokens_replace_those_of_the_data_set() -> None:
     warmup = Warmup(tokens=[[1, 2, 3], [4, 5, 6]])
     fit(small_model(), [warmup], max_steps=1)
