@@ -11,7 +11,8 @@ from __future__ import annotations
 import importlib
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,7 +120,11 @@ def batches_of(config: Any, layout: Layout) -> list[dict[str, Tensor]]:
 
 def audit_model(rank: int, world_size: int, request: Request) -> list[Finding]:
     """One rank's findings for `request.config`."""
-    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
+    with _only_errors_of("torch.distributed.tensor._redistribute"):
+        return _audit_model(rank, request)
+
+
+def _audit_model(rank: int, request: Request) -> list[Finding]:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(request.config, dtype=DTYPES[request.dtype])
     experts: Sequence[str] = ()
@@ -207,9 +212,22 @@ def load_factory(name: str) -> Callable[[], Any]:
 def audit_module(rank: int, world_size: int, request: Request) -> list[Finding] | LightningNPUTPError:
     """One rank's findings for `request.module`, or the user's mistake; Lightning makes the process group."""
     try:
-        return _watch_module(world_size, request)
+        # What the trainer says of devices and tips is no finding.
+        with _only_errors_of("lightning.pytorch"):
+            return _watch_module(world_size, request)
     except (ConfigError, ConversionError) as error:
         return error
+
+
+@contextmanager
+def _only_errors_of(name: str) -> Iterator[None]:
+    log = logging.getLogger(name)
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def _watch_module(world_size: int, request: Request) -> list[Finding]:
@@ -223,8 +241,6 @@ def _watch_module(world_size: int, request: Request) -> list[Finding]:
         raise ConfigError(
             f"--module {request.module} made a {type(module).__name__}. Return a LightningModule, or one and a batch."
         )
-    # What the trainer says of devices and tips is no finding.
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     strategy: Any = "auto"
     if not request.unconverted:
         options, layout = request.options, request.layout
