@@ -142,7 +142,7 @@ def test_a_round_trip_is_bit_identical(
     on_ranks: Any, folders: Path, tmp_path: Path, layout: tuple[int, int, int]
 ) -> None:
     """Folder -> streaming loader -> shards -> no step -> checkpoint -> export: every name and every bit."""
-    ranks = on_ranks(zero_steps, layout[0] * layout[1], str(folders), layout, backend=None, timeout=200)
+    ranks = on_ranks(zero_steps, layout[0] * layout[1], str(folders), layout, backend=None, timeout=400)
     assert all(count > 0 for read in ranks for count in read) and len(ranks[0]) == len(CASES) * len(DTYPES)
     for dtype in DTYPES:
         for case, (family, tied, fused) in CASES.items():
@@ -281,7 +281,7 @@ def test_every_family_generates_in_transformers_what_the_trained_shards_generate
     for family in FAMILIES:
         model = reference_model(tiny_config(family.name, **CONFIGS[family.name]))
         model.save_pretrained(tmp_path / family.name)
-    results = on_ranks(train_all, 4, str(tmp_path), (2, 2, 4), backend=None, timeout=200)
+    results = on_ranks(train_all, 4, str(tmp_path), (2, 2, 4), backend=None, timeout=400)
     changed = 0
     for family in FAMILIES:
         out = tmp_path / f"{family.name}.out"

@@ -175,7 +175,7 @@ def in_every_hook(rank: int, world: int, folder: str, bound: dict[str, Any], ste
 def test_nothing_is_left_out_and_nothing_done_twice(
     on_ranks: Any, tmp_path: Path, bound: Any, steps: Any, interval: str
 ) -> None:
-    for found in on_ranks(in_every_hook, 2, str(tmp_path), bound, steps, interval, backend=None, timeout=300):
+    for found in on_ranks(in_every_hook, 2, str(tmp_path), bound, steps, interval, backend=None, timeout=500):
         hooks = {name.partition("_")[0] for name in found}
         assert hooks == {"batch end", "validation start", "validation batch end", "validation end", "epoch end"}
         for name, (wanted, events, same, ends, ends_again) in found.items():
@@ -245,7 +245,7 @@ def within_a_step(rank: int, world: int, folder: str) -> Any:
 
 
 def test_a_checkpoint_asked_for_within_a_step_is_saved_at_its_end(on_ranks: Any, tmp_path: Path) -> None:
-    for saved, same, (every, timed, best) in on_ranks(within_a_step, 2, str(tmp_path), backend=None, timeout=240):
+    for saved, same, (every, timed, best) in on_ranks(within_a_step, 2, str(tmp_path), backend=None, timeout=400):
         # Named by who asked, at the step that was half made.
         assert saved == {f"{kind}_{step}": step + 1 for kind in ("between", "inside") for step in range(3)}
         assert every == ["step=1.ckpt", "step=2.ckpt", "step=3.ckpt"]

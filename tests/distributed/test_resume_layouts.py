@@ -18,7 +18,7 @@ from benchmarks.resume_table import BOUND, LAYOUTS, SAVED_AFTER, STEPS, Result
 
 
 def test_every_layout_resumes_from_every_other(on_ranks: Any, tmp_path: Path) -> None:
-    result = resume_table.resume_table(on_ranks, tmp_path, "deepseek_v2", timeout=250)
+    result = resume_table.resume_table(on_ranks, tmp_path, "deepseek_v2", timeout=500)
     pairs = {(source, target) for source in LAYOUTS for target in LAYOUTS}
     assert len(pairs) == 25 and result.state.keys() == result.loss.keys() == pairs
     # Weight, both moments and the step of each parameter.
@@ -54,7 +54,7 @@ def cut_short(rank: int, world: int, folder: str, layout: Any) -> list[dict[int,
 def test_an_epoch_that_a_limit_of_steps_cut_short_goes_on_where_it_was(on_ranks: Any, tmp_path: Path) -> None:
     """A user who saves when `fit` has returned, and trains longer, gets the run that was never cut."""
     resume_table.write_text(tmp_path)
-    straight, *resumed = on_ranks(cut_short, 1, str(tmp_path), (1, 1, 1), timeout=120)[0]
+    straight, *resumed = on_ranks(cut_short, 1, str(tmp_path), (1, 1, 1), timeout=300)[0]
     for losses in resumed:
         assert losses == {step: straight[step] for step in range(SAVED_AFTER, STEPS)}
 

@@ -147,7 +147,7 @@ def test_a_layout_on_four_cards_learns_as_one_process_on_the_cpu(
     name: str, on_ranks: Any, on_the_cpu: tuple[Path, float], tmp_path: Path
 ) -> None:
     folder, wanted = on_the_cpu
-    results = on_ranks(job, 4, str(tmp_path / "run"), {**ON_FOUR, **LAYOUTS[name]}, backend=None, timeout=200)
+    results = on_ranks(job, 4, str(tmp_path / "run"), {**ON_FOUR, **LAYOUTS[name]}, backend=None, timeout=400)
     assert apart(column(tmp_path / "run", "train/loss"), column(folder, "train/loss")) <= RELATIVE
     norms, wanted_norms = (column(place, "train/grad_norm") for place in (tmp_path / "run", folder))
     # Of the first step; after it Adam's first steps, which follow signs, carry the difference on.
