@@ -9,7 +9,6 @@ is started and heard is `processes.py`; when a run begins is `launcher.py`.
 from __future__ import annotations
 
 import atexit
-import contextlib
 import logging
 import os
 import re
@@ -341,16 +340,13 @@ def end_now(exit_code: int) -> NoReturn:
 
 def say(text: str) -> None:
     """Write to stderr from any thread, past whatever replaced sys.stderr."""
-    # Whoever read it may be gone, as after a lost connection; what is to be done has to be done all the same.
-    with contextlib.suppress(OSError):
-        os.write(2, f"\n{text}\n".encode())
+    os.write(2, f"\n{text}\n".encode())
 
 
 def _flush() -> None:
     logging.shutdown()
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
-            stream.flush()
+    sys.stdout.flush()
+    sys.stderr.flush()
 
 
 def _who(child: ChildProcess) -> str:

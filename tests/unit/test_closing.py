@@ -3,9 +3,6 @@ after another one raised, and a failure of teardown that nobody hears of."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -81,15 +78,6 @@ def test_the_error_that_is_told_is_the_first_one(in_training: bool):
         trainer.fit(BrokenDevice(in_training=in_training))
     # What comes after the step that failed was done as well.
     assert not torch.distributed.is_initialized()
-
-
-def test_a_reader_that_is_gone_keeps_no_process_from_ending():
-    text = (
-        "import os; from lightning_npu_tp.supervisor import end_now, say\n"
-        "read, write = os.pipe(); os.dup2(write, 1); os.dup2(write, 2); os.close(read)\n"
-        "say('words'); end_now(7)"
-    )
-    assert subprocess.run([sys.executable, "-c", text], timeout=120).returncode == 7
 
 
 def test_a_rank_is_ended_after_its_time_also_where_nobody_could_be_told():
