@@ -128,12 +128,24 @@ def reduce_gradients(root: nn.Module, enabled: bool) -> None:
         module.set_requires_gradient_sync(enabled)
 
 
-def rebind_groups(root: nn.Module) -> None:
+def rebind_groups(root: nn.Module | None) -> None:
     """Let FSDP use the process groups of now: it holds those of the process group that it was set up in."""
-    for group in _fsdp_groups(root):
-        for info in (group.mesh_info, group.post_forward_mesh_info):
-            if info is not None:
-                info.__post_init__()
+    for info in _mesh_infos(root):
+        info.__post_init__()
+
+
+def release_groups(root: nn.Module | None) -> None:
+    """Let FSDP drop its process groups, which are about to be destroyed; `rebind_groups` gives it others."""
+    for info in _mesh_infos(root):
+        for name in ("shard_process_group", "replicate_process_group"):
+            if hasattr(info, name):
+                setattr(info, name, None)
+
+
+def _mesh_infos(root: nn.Module | None) -> list[Any]:
+    groups = [] if root is None else _fsdp_groups(root)
+    infos = (info for group in groups for info in (group.mesh_info, group.post_forward_mesh_info))
+    return [info for info in infos if info is not None]
 
 
 @torch.no_grad()

@@ -195,6 +195,18 @@ class Meshes:
         """Ranks among which the experts are divided."""
         return self.expert[EXPERT_AXIS].get_group()
 
+    def let_go(self) -> None:
+        """Drop the groups, which are about to be destroyed.
+
+        DTensor's caches keep meshes for as long as the process lives, and a mesh its groups: their connections and
+        threads would stay with them.
+        """
+        for mesh in (self.dense, self.expert):
+            # Not in every torch; there a mesh has names only.
+            getattr(mesh, "_pg_registry", {}).clear()
+        for group in ("tensor_group", "data_group", "expert_group"):
+            self.__dict__.pop(group, None)
+
 
 class Groups:
     """The process groups that sharded modules look up at each use.
@@ -221,6 +233,8 @@ class Groups:
 
     def close(self) -> None:
         """Forget the groups; called when the process group is destroyed."""
+        if self.meshes is not None:
+            self.meshes.let_go()
         self._closed = self._tensor is not None or self._expert is not None
         self._tensor = self._expert = None
 

@@ -176,6 +176,18 @@ class FitLoop(_FitLoop):
         """Whether to leave the loop."""
         return not getattr(self.epoch_loop, "has_something_left", False) and super().done
 
+    def run(self) -> None:
+        """The epochs that are left.
+
+        Lightning counts an epoch that was cut short as done; so does a resumed run with no step left to make, whose
+        validation would be logged as one of the epoch before otherwise.
+        """
+        super().run()
+        epoch: Any = self.epoch_progress.current
+        if epoch.processed < epoch.ready:
+            self.epoch_progress.increment_processed()
+            self.epoch_progress.increment_completed()
+
     def state_dict(self, destination: dict[str, Any] | None = None, prefix: str = "") -> dict[str, Any]:
         """Lightning's state, but an epoch that a limit of steps or a callback has cut short is still being trained.
 

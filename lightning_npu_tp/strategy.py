@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,7 +40,13 @@ from lightning_npu_tp.checkpoint.strategy_part import CheckpointHooks, Checkpoin
 from lightning_npu_tp.closing import close_all
 from lightning_npu_tp.collectives import group_size
 from lightning_npu_tp.convert import Options, adopt, convert, materialize_rest
-from lightning_npu_tp.data_parallel import DataParallel, average_plain_gradients, reduce_gradients
+from lightning_npu_tp.data_parallel import (
+    DataParallel,
+    average_plain_gradients,
+    rebind_groups,
+    reduce_gradients,
+    release_groups,
+)
 from lightning_npu_tp.device import NPU, backend_for, idle_npus
 from lightning_npu_tp.errors import ConfigError, ConversionError
 from lightning_npu_tp.families.family import ModelFamily
@@ -308,6 +315,7 @@ class NPUTensorParallelStrategy(CheckpointHooks):
             yield
             return
         self._open()
+        rebind_groups(self.lightning_module)
         try:
             yield
         finally:
@@ -320,7 +328,14 @@ class NPUTensorParallelStrategy(CheckpointHooks):
                 self._hccl_report = None
 
         groups = [groups.close for groups in (self._groups, *self._adopted)]
-        steps = (self._end_saves, *groups, close_process_group, be_silent_at_terminate, undo_settings)
+        steps: tuple[Callable[[], object], ...] = (
+            self._end_saves,
+            *groups,
+            partial(release_groups, self.lightning_module),
+            close_process_group,
+            be_silent_at_terminate,
+            undo_settings,
+        )
         close_all(steps, failing=failing)
 
     # --- setup and teardown --------------------------------------------------------------------
@@ -411,7 +426,7 @@ class NPUTensorParallelStrategy(CheckpointHooks):
             if module is not None and not any(parameter.is_meta for parameter in module.parameters()):
                 module.cpu()
 
-        steps = (
+        steps: tuple[Callable[[], object], ...] = (
             lambda: _optimizers_to_device(self.optimizers, torch.device("cpu")),
             module_to_cpu,
             self.cluster_environment.teardown,

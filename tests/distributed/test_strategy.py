@@ -7,6 +7,8 @@ group that outlives its trainer.
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -235,6 +237,32 @@ def lifecycle(rank: int, world_size: int, folder: str) -> dict[str, Any]:
     ]
     result["open at the end"] = dist.is_initialized()
     return result
+
+
+class KeepGroups(Callback):
+    """Weak references to the groups of a fit."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        meshes = trainer.strategy.meshes
+        groups = (dist.group.WORLD, meshes.tensor_group, meshes.expert_group, meshes.data_group)
+        self.kept = [weakref.ref(group) for group in groups]
+
+
+def groups_kept(rank: int, world_size: int, data_size: int) -> tuple[int, int, tuple[int, ...]]:
+    """How many groups there were, how many outlive their fit though the model does too, and what that then computes."""
+    keep, module = KeepGroups(), Module()
+    run = trainer(NPUTensorParallelStrategy(data_parallel_size=data_size), callbacks=[keep])
+    run.fit(module, data(16))
+    gc.collect()
+    outlive = sum(group() is not None for group in keep.kept)
+    with run.strategy.process_group():
+        logits = module.network(input_ids=torch.zeros(1, 3, dtype=torch.long)).logits
+    return len(keep.kept), outlive, tuple(logits.shape)
+
+
+@pytest.mark.parametrize("data_size", [1, 2])
+def test_no_connection_of_a_fit_outlives_it(on_ranks: Any, data_size: int) -> None:
+    assert on_ranks(groups_kept, WORLD, data_size, backend=None) == [(4, 0, (1, 3, 128))] * WORLD
 
 
 def test_the_process_group_lives_as_long_as_a_trainer_call(on_ranks: Any, tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ Each layout trains as `train.py` does; the ranks are kept between layouts, so th
 from __future__ import annotations
 
 import csv
-import os
 import sys
 import warnings
 from datetime import timedelta
@@ -18,11 +17,10 @@ from typing import Any
 import pytest
 from lightning.pytorch import Callback
 
+from ascend_sim import report
 from lightning_npu_tp.testing.operators import CountOperators
 
 ROOT = Path(__file__).parents[2]
-# Read when the ranks import torch_npu: an operator that a card lacks fails instead of warning.
-os.environ["TORCH_NPU_FALLBACK_CPU_DISABLE"] = "1"
 STEPS = 4
 SEQUENCES = 4
 PLAIN = {
@@ -97,11 +95,12 @@ def job(rank: int, world_size: int, folder: str, overrides: dict[str, Any]) -> t
 
     instantiate.build_each = with_count
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), report.between() as grown:
             warnings.filterwarnings("error", ".*autograd")
             loss = train.train(compose(folder, overrides))
     finally:
         instantiate.build_each = build_each
+    assert not [name for name in grown if name.startswith("fallback.")]
     assert count.counter is not None
     found = [str(sighting) for sighting in count.counter.found()]
     # The guard against NaN reads one flag per optimizer step, and says so.

@@ -8,6 +8,7 @@ by a run that asked for no NPU.
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -182,8 +183,11 @@ def test_more_of_everything_needs_more_memory() -> None:
 def test_the_peak_of_a_stretch_of_work_is_seen() -> None:
     with host_memory.HostPeak() as peak:
         block = torch.ones(15_000_000)
+        # Longer than a busy machine may take to look.
+        time.sleep(0.2)
         del block
-    assert 50e6 < peak.grown < 150e6
+    # Memory that was freed before it began may be used again.
+    assert 40e6 < peak.grown < 150e6
     assert 0 < host_memory.available_bytes() and host_memory.anonymous_bytes() > 50e6
 
 

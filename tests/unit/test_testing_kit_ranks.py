@@ -11,11 +11,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 import psutil
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 
 from lightning_npu_tp.errors import ConfigError, RankFailure
 from lightning_npu_tp.testing.ranks import RankPool, RankTimeout, run_ranks
@@ -54,6 +56,16 @@ def unpicklable(rank, world_size):
 def environment(rank, world_size):
     os.environ["LEFT_BY_A_TEST"] = "1"
     return dist.is_initialized(), {name: os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+
+
+def keep_a_mesh(rank, world_size):
+    # As DTensor's caches do.
+    sys.kept = init_device_mesh("cpu", (world_size,))
+
+
+def connections(rank, world_size):
+    names = [task.joinpath("comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
+    return [name for name in names if "gloo" in name]
 
 
 def left_by_a_test(rank, world_size):
@@ -106,6 +118,13 @@ def test_a_pool_keeps_its_processes_and_gives_each_call_a_new_process_group(pool
     assert not initialised
     assert variables == {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}
     assert pool.run(left_by_a_test) == [None, None]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux names the threads of a process")
+def test_connections_of_a_call_end_with_it(pool):
+    assert pool.run(connections)[0]
+    pool.run(keep_a_mesh)
+    assert pool.run(connections, backend=None) == [[], []]
 
 
 def test_the_failing_ranks_own_traceback_is_raised_and_the_next_call_works(pool):
