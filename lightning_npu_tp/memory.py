@@ -10,7 +10,8 @@ HCCL, which no allocator of torch sees.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from bisect import bisect_left, insort
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 
@@ -39,12 +40,32 @@ class RankMemory:
 _MIB = 2**20
 
 
-def block(size: int) -> int:
-    """Bytes that torch's caching allocators count for a tensor: from 10 MiB on a block is cut from whole pieces of
-    2 MiB, and a rest of less than 1 MiB stays with it.
+# Of a pool's pieces, which blocks of 1 to 10 MiB are cut from; larger ones get a piece of their own.
+_PIECE, _LARGE = 20 * _MIB, 10 * _MIB
+# What torch_npu adds to a tensor; CUDA's allocator, the same otherwise, adds nothing.
+_PADDING = 32
+
+
+def blocks(sizes: Iterable[int]) -> int:
+    """Bytes that torch's caching allocators count for tensors of these sizes, made one after the other.
+
+    A block above 1 MiB is the smallest free rest that fits, or cut from a new piece; what is left of it is free for
+    the next where it exceeds 1 MiB, and stays with the block where not.
     """
-    whole = -(-size // (2 * _MIB)) * 2 * _MIB
-    return whole if size >= 10 * _MIB and whole - size <= _MIB else -(-size // 512) * 512
+    total = 0
+    free: list[int] = []
+    for size in sizes:
+        wanted = -(-(size + _PADDING) // 512) * 512
+        if wanted > _MIB:
+            at = bisect_left(free, wanted)
+            new = _PIECE if wanted < _LARGE else -(-wanted // (2 * _MIB)) * 2 * _MIB
+            whole = free.pop(at) if at < len(free) else new
+            if whole - wanted > _MIB:
+                insort(free, whole - wanted)
+            else:
+                wanted = whole
+        total += wanted
+    return total
 
 
 def rank_memory(
@@ -63,9 +84,11 @@ def rank_memory(
     bytes_per_element: of parameters, gradients and optimizer states (4 for 32-true and the mixed
     precisions, 2 for bf16-true). optimizer_states: tensors per parameter, 2 for AdamW.
     data_parallel: "shard" divides everything over the data ranks too, experts over their replicas.
-    in_blocks: bytes as an allocator counts them, tensor by tensor (`block`).
+    in_blocks: bytes as an allocator counts them (`blocks`): parameters first, then gradients from the last to the
+        first, then the states of one parameter after the other.
     """
-    elements = size = 0
+    elements = 0
+    sizes: list[int] = []
     for name, shape in shapes.items():
         rule = rules[name]
         ranks = layout.expert if rule.axis == "expert" else layout.tensor
@@ -77,10 +100,16 @@ def rank_memory(
             start, stop = chunk_bounds(own[dim], rank // ranks, replicas)
             own = (*own[:dim], stop - start, *own[dim + 1 :])
         elements += prod(own)
-        own_bytes = prod(own) * bytes_per_element
-        size += block(own_bytes) if in_blocks else own_bytes
+        sizes.append(prod(own) * bytes_per_element)
+    count: Callable[[Iterable[int]], int] = blocks if in_blocks else sum
+    held = count(sizes)
+    with_gradients = count([*sizes, *reversed(sizes)])
+    states = [size for size in sizes for _ in range(optimizer_states)]
     return RankMemory(
-        parameters=elements, parameter_bytes=size, gradient_bytes=size, optimizer_bytes=size * optimizer_states
+        parameters=elements,
+        parameter_bytes=held,
+        gradient_bytes=with_gradients - held,
+        optimizer_bytes=count([*sizes, *reversed(sizes), *states]) - with_gradients,
     )
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import copy
 import gc
+import subprocess
+import sys
 import time
 import warnings
 
@@ -63,6 +65,29 @@ def test_the_allocator_counts_what_the_card_gave() -> None:
     torch.npu.empty_cache()
     assert report.counters()["memory.used.0"] <= used
     assert report.counters()["memory.peak.0"] >= 100 << 20
+
+
+TENSORS = """
+import random, torch, torch_npu
+from lightning_npu_tp.memory import blocks
+draw = random.Random(int({seed}))
+sizes = [int(2 ** draw.uniform(16, 24)) for _ in range(120)]
+kept = []
+for number, size in enumerate(sizes, 1):
+    kept.append(torch.empty(size, dtype=torch.uint8, device="npu"))
+    assert torch.npu.memory_allocated() == blocks(sizes[:number]), (number, size)
+print(sum(sizes), blocks(sizes))
+"""
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_the_packages_arithmetic_cuts_blocks_as_the_real_allocator_does(seed: int) -> None:
+    program = TENSORS.format(seed=seed)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    asked, counted = map(int, done.stdout.splitlines()[-1].split())
+    # Otherwise nothing was rounded that matters.
+    assert 1.01 * asked < counted
 
 
 def test_events_know_when_they_were_recorded() -> None:
