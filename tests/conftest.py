@@ -11,7 +11,7 @@ import psutil
 import pytest
 import torch
 
-from lightning_npu_tp.testing.ranks import RankPool
+from lightning_npu_tp.testing.ranks import RankPool, run_ranks
 
 # Before any test module imports transformers; every process that a test starts inherits them.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -74,14 +74,16 @@ def clean_run_state() -> Iterator[None]:
 def on_ranks(nothing_left_behind: None) -> Iterator[Callable[..., list[Any]]]:
     """`run_ranks` with processes that live through the session: `on_ranks(fn, world_size, *args, timeout=60)`.
 
-    One pool per world size, so that importing torch and Lightning is paid once. Depends on the check
-    above so that the pools are closed before it looks.
+    One pool per world size up to 4, so that importing torch and Lightning is paid once; larger ones are few, and
+    would hold gigabytes. Depends on the check above so that the pools are closed before it looks.
     """
     pools: dict[int, RankPool] = {}
 
     def run(
         fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 60.0, backend: str | None = "gloo"
     ) -> list[Any]:
+        if world_size > 4:
+            return run_ranks(fn, world_size, *args, timeout=timeout, backend=backend)
         pool = pools.setdefault(world_size, RankPool(world_size))
         return pool.run(fn, *args, timeout=timeout, backend=backend)
 

@@ -127,6 +127,7 @@ class RankPool:
             if not self._processes:
                 self._start()
             assert self._folder is not None
+            self._signal(signal.SIGCONT)
             self._num_calls += 1
             store = str(Path(self._folder.name) / f"store_{self._num_calls}")
             call = _Call(fn.__module__, file, fn.__name__, arguments, backend, store, free_port(), timeout)
@@ -135,6 +136,7 @@ class RankPool:
             name = f"{fn.__module__}.{fn.__name__}"
             self._collect(START_TIMEOUT, f"importing {name}")
             results = self._collect(timeout, name)
+            self._signal(signal.SIGSTOP)
         except BaseException:
             self.close()
             raise
@@ -152,6 +154,11 @@ class RankPool:
         if self._folder is not None:
             self._folder.cleanup()
         self._processes, self._pipes, self._folder = [], [], None
+
+    def _signal(self, signum: int) -> None:
+        """Let the ranks rest between calls: what polls in them (torch_npu's release thread does) would take time."""
+        for process in self._processes:
+            os.kill(process.pid, signum)
 
     def _start(self) -> None:
         context = get_context("spawn")

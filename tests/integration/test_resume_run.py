@@ -243,12 +243,21 @@ def test_tensorboard_shows_no_point_twice(tmp_path: Path, row: dict | None) -> N
     assert found == [(0, 0.0), (1, 0.25), (2, 0.5 if row is None else 0.75), (3, 8.0)]
 
 
+LONG = ["trainer.max_steps=40", "callbacks.checkpoint.every_n_train_steps=1000"]
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nobody stops."""
+    folder = tmp_path_factory.mktemp("straight") / "run"
+    train(folder, *LONG)
+    return folder
+
+
 @pytest.mark.parametrize("whom", ["parent", "child"])
-def test_a_preempted_run_saves_and_goes_on(tmp_path: Path, whom: str) -> None:
+def test_a_preempted_run_saves_and_goes_on(tmp_path: Path, straight: Path, whom: str) -> None:
     """SIGTERM to one process, in the middle of training: all ranks stop after the same step."""
-    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
-    long = ["trainer.max_steps=40", "callbacks.checkpoint.every_n_train_steps=1000"]
-    train(straight, *long)
+    stopped = tmp_path / "stopped"
     with open(tmp_path / "told", "w+") as told:
         run = subprocess.Popen(
             [
@@ -256,7 +265,7 @@ def test_a_preempted_run_saves_and_goes_on(tmp_path: Path, whom: str) -> None:
                 "train.py",
                 f"hydra.run.dir={stopped}",
                 *SMALL,
-                *long,
+                *LONG,
                 "logger.csv.flush_every_n_rows=1",
                 "export=true",
             ],
@@ -277,7 +286,7 @@ def test_a_preempted_run_saves_and_goes_on(tmp_path: Path, whom: str) -> None:
     saved = read_manifest(stopped / "checkpoints/preempted.ckpt")
     assert 5 <= saved.step < 40 and not verify(stopped / "checkpoints/preempted.ckpt")
     assert not (stopped / "export").exists()
-    told_again = train(stopped, *long)
+    told_again = train(stopped, *LONG)
     assert "checkpoints/preempted.ckpt" in told_again
     wanted, found = tensors(straight), tensors(stopped)
     assert all(torch.equal(wanted[name], found[name]) for name in wanted)

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -34,6 +35,8 @@ class Run:
                 cwd=folder,
                 env=env | variables,
                 start_new_session=True,
+                # A test session in a shell's background has it ignored, and what it starts would, too.
+                preexec_fn=partial(signal.signal, signal.SIGINT, signal.default_int_handler),
             )
 
     @property
