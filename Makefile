@@ -14,6 +14,11 @@ NPU_STAMP := $(NPU_VENV)/.installed
 FIRST := tests/sim/test_operator_table.py tests/sim/test_opinfo.py
 SIMULATED := tests/sim tests/hardware $(FIRST:%=--ignore=%)
 
+# Most tests are busy with one core. A file stays with one worker, which starts its ranks once; `make test JOBS=4` where
+# there are the cores and 12 GB of memory.
+JOBS ?= 2
+WORKERS := -n $(JOBS) --dist loadfile
+
 .PHONY: install install-npu train test test-sim test-npu lint bench clean
 
 install: $(STAMP)
@@ -43,12 +48,12 @@ install-npu: $(NPU_STAMP)
 train: $(STAMP)
 	$(RUN) train.py $(ARGS)
 
-# Both sessions, the second also where the first fails; ARGS (a folder, -k …) goes to the first, which is then alone.
+# All sessions, the simulated ones also where the first fails; ARGS (a folder, -k …) goes to the first, which is then alone.
 test: $(STAMP) $(if $(ARGS),,$(NPU_STAMP))
 ifneq ($(strip $(ARGS)),)
 	$(RUN) -m pytest $(ARGS)
 else
-	$(RUN) -m pytest; first=$$?; $(MAKE) --no-print-directory test-sim; second=$$?; exit $$((first ? first : second))
+	$(RUN) -m pytest $(WORKERS); first=$$?; $(MAKE) --no-print-directory test-sim; second=$$?; exit $$((first ? first : second))
 endif
 
 # The real torch_npu on simulated cards; needs a C++ compiler.

@@ -9,6 +9,7 @@ file is made; a killed parent takes its ranks along. Nothing here knows pytest o
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import faulthandler
 import gc
@@ -231,10 +232,15 @@ class RankPool:
 
 
 def free_port() -> int:
-    """A TCP port of the loopback interface that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind((_HOST, 0))
-        return int(probe.getsockname()[1])
+    """A TCP port of the loopback interface that was free a moment ago.
+
+    Below those that systems give to connections: one of them could take it before it is used.
+    """
+    draw = random.SystemRandom()
+    while True:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind((_HOST, draw.randrange(15_000, 32_000)))
+            return int(probe.getsockname()[1])
 
 
 def _failure_text(failures: dict[int, str], world_size: int, what: str) -> str:
