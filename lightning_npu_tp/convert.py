@@ -33,7 +33,6 @@ from lightning_npu_tp.data_parallel import (
 from lightning_npu_tp.errors import ConfigError, ConversionError
 from lightning_npu_tp.families.family import BuildContext, ModelFamily
 from lightning_npu_tp.families.registry import FAMILIES
-from lightning_npu_tp.host_memory import ask_for_huge_pages
 from lightning_npu_tp.initial import initial_shard, stream_seed
 from lightning_npu_tp.kernels import Kernels
 from lightning_npu_tp.layers.causal_lm import ATTENTION_NAME, become
@@ -240,7 +239,7 @@ def _convert_one(
                 shape = rule.local_shape(full_shape, mesh.get_local_rank(), mesh.size())
                 # FSDP would copy what it shares out, and twice the memory is what nobody has.
                 waits = shared_by_fsdp(meshes, options.data_parallel, experts=rule.axis == "expert")
-                local = ask_for_huge_pages(torch.empty(shape, dtype=target, device="meta" if waits else device))
+                local = torch.empty(shape, dtype=target, device="meta" if waits else device)
             elif parameter.is_meta:
                 local = initial_shard(name, full_shape, rule, mesh.get_local_rank(), mesh.size(), seed=seed, std=std)
                 if name in padding_rows:

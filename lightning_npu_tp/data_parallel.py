@@ -20,7 +20,6 @@ from torch.distributed._composable.replicate_with_fsdp import replicate
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import Shard
 
-from lightning_npu_tp.host_memory import ask_for_huge_pages
 from lightning_npu_tp.layout import DATA_AXIS, EXPERT_REPLICA_AXIS, Meshes
 from lightning_npu_tp.moe.experts import RoutedExperts
 from lightning_npu_tp.region import local
@@ -71,7 +70,6 @@ def allocate_shards(model: nn.Module, device: torch.device) -> None:
         if parameter.is_meta:
             if id(parameter) not in made:
                 filled = nn.Parameter(torch.empty_like(parameter, device=device), parameter.requires_grad)
-                ask_for_huge_pages(local(filled))
                 made[id(parameter)] = filled
             owner, _, leaf = name.rpartition(".")
             model.get_submodule(owner).register_parameter(leaf, made[id(parameter)])

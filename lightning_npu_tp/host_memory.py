@@ -1,4 +1,4 @@
-"""Memory of this host and of this process: what is free, the most that a stretch of work held, and huge pages.
+"""Memory of this host and of this process: what is free, and the most that a stretch of work held.
 
 Counted is anonymous memory, so that pages of mapped files, which the system can take back, are nobody's. What a
 device's allocator holds is asked of the device (`device.py`).
@@ -6,20 +6,15 @@ device's allocator holds is asked of the device (`device.py`).
 
 from __future__ import annotations
 
-import ctypes
-import mmap
-import sys
 import threading
 import time
 from pathlib import Path
 
 import psutil
-from torch import Tensor
 
 _STATUS = Path("/proc/self/status")
 _LIMITS = ((Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),)
 _EVERY_S = 0.005
-_HUGE_PAGE = 2 << 20
 
 
 def available_bytes() -> int:
@@ -42,22 +37,6 @@ def anonymous_bytes() -> int:
     except (OSError, StopIteration):
         return int(psutil.Process().memory_info().rss)
     return 1024 * int(line.split()[1])
-
-
-def ask_for_huge_pages(tensor: Tensor) -> Tensor:
-    """Have the system back a CPU tensor that nobody has written to yet with huge pages, where it gives them.
-
-    Otherwise each 4 KiB of a weight are a page fault when they are read in, which takes several times what the copying
-    does. Many systems give huge pages only to those who ask. Returns the tensor; does nothing for one that holds no
-    whole huge page, on a device or the meta device, or outside of Linux.
-    """
-    if sys.platform == "linux" and tensor.device.type == "cpu":
-        begin = -(-tensor.data_ptr() // _HUGE_PAGE) * _HUGE_PAGE
-        end = (tensor.data_ptr() + tensor.nbytes) // _HUGE_PAGE * _HUGE_PAGE
-        if end > begin:
-            # A kernel without huge pages refuses, and the pages stay small.
-            ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_HUGEPAGE)
-    return tensor
 
 
 class HostPeak(threading.Thread):

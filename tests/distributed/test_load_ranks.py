@@ -6,7 +6,6 @@ read as a stranger, an error that one rank alone sees, and bytes read that no ra
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -125,31 +124,6 @@ def read_and_held(rank: int, world: int, folder: str, sizes: tuple[int, int, int
     model = sharded(folder, sizes, None)
     held = sum(parameter.to_local().numel() * 4 for parameter in model.parameters())
     return conversion_of(model).loaded.bytes, held
-
-
-def asked_for_huge_pages(rank: int, world: int, folder: str, sizes: tuple[int, int, int]) -> list[bool]:
-    """Of the embedding and the head: whether their memory's middle lies in a mapping for which somebody asked."""
-    model = sharded(folder, sizes, None)
-    found = []
-    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
-        shard = module.weight.to_local()
-        middle, inside = shard.data_ptr() + shard.nbytes // 2, False
-        for line in Path("/proc/self/smaps").read_text().splitlines():
-            if match := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
-                inside = int(match[1], 16) <= middle < int(match[2], 16)
-            elif inside and line.startswith("VmFlags:"):
-                found.append("hg" in line.split())
-    return found
-
-
-@pytest.mark.skipif(
-    not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="this kernel has no transparent huge pages"
-)
-def test_shards_are_read_into_huge_pages_where_the_system_gives_them(on_ranks: Any, tmp_path: Path) -> None:
-    # 10 MB each: at least one whole huge page of 2 MiB in half of it, wherever it begins.
-    saved(tmp_path, "deepseek_v2", config={"vocab_size": 40960})
-    for sizes in ((1, 2, 2), (2, 1, 2)):
-        assert on_ranks(asked_for_huge_pages, 2, str(tmp_path), sizes) == [[True, True]] * 2
 
 
 def test_files_with_the_models_own_names(on_ranks: Any, tmp_path: Path) -> None:
