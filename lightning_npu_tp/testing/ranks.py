@@ -38,7 +38,7 @@ from lightning_npu_tp.errors import ConfigError, RankFailure
 START_TIMEOUT = 240.0
 # How long the other ranks' reports are collected after the first failure: a rank that lost its
 # peer often reports before the operating system tells us about the peer.
-GRACE = 0.5
+GRACE = 1.0
 
 _HOST = "127.0.0.1"
 _PR_SET_PDEATHSIG = 1

@@ -37,6 +37,8 @@ def raise_on_rank_one(rank, world_size):
 
 
 def die_on_rank_one(rank, world_size):
+    # On a busy machine one begins long after the other.
+    dist.barrier()
     if rank == 1:
         # Rank 0 reports first, as a rank often does whose peer's connection broke.
         time.sleep(0.2)
