@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from lightning_npu_tp.errors import ConfigError, RankFailure
-from lightning_npu_tp.testing.ranks import RankPool, RankTimeout, run_ranks
+from lightning_npu_tp.testing.ranks import RankPool, RankTimeout, free_port, run_ranks
 
 
 def sum_of_ranks(rank, world_size, tensor):
@@ -127,6 +127,16 @@ def test_connections_of_a_call_end_with_it(pool):
     assert pool.run(connections)[0]
     pool.run(keep_a_mesh)
     assert pool.run(connections, backend=None) == [[], []]
+
+
+def test_ranks_rest_between_calls_and_ports_lie_below_those_of_connections(pool):
+    for _ in range(2):
+        for process in [psutil.Process(result[2]) for result in pool.run(sum_of_ranks, 0)]:
+            deadline = time.monotonic() + 5
+            while process.status() != psutil.STATUS_STOPPED and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert process.status() == psutil.STATUS_STOPPED
+    assert all(15_000 <= free_port() < 32_000 for _ in range(20))
 
 
 def test_the_failing_ranks_own_traceback_is_raised_and_the_next_call_works(pool):
