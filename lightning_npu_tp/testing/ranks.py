@@ -301,6 +301,8 @@ def _run(call: _Call, rank: int, world_size: int, pipe: connection.Connection) -
                 world_size=world_size,
                 timeout=timedelta(seconds=max(call.timeout, 1.0) + 10),
             )
+            # A function that destroys the group must not do so while a peer still connects to this rank.
+            dist.barrier()
         result = function(rank, world_size, *arguments)
         # Pickled here so that a result that cannot travel is this rank's failure, with its traceback.
         pickle.dumps(result)

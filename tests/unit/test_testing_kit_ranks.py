@@ -79,6 +79,23 @@ def destroys_its_group(rank, world_size):
     return rank
 
 
+def connects_late(rank, world_size):
+    real = dist.init_process_group
+
+    def init(*arguments, **options):
+        dist.init_process_group = real
+        real(*arguments, **options)
+        time.sleep(0.3)
+        sys.connected_at = time.monotonic()
+
+    if rank == 1:
+        dist.init_process_group = init
+
+
+def begin_and_connection(rank, world_size):
+    return time.monotonic(), getattr(sys, "connected_at", None)
+
+
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """Where the kit keeps its temporary files; must be empty in the end."""
@@ -120,6 +137,12 @@ def test_a_pool_keeps_its_processes_and_gives_each_call_a_new_process_group(pool
     assert not initialised
     assert variables == {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}
     assert pool.run(left_by_a_test) == [None, None]
+
+
+def test_no_rank_begins_before_the_last_has_connected(pool):
+    pool.run(connects_late, backend=None)
+    (begin, _), (_, connected) = pool.run(begin_and_connection)
+    assert begin >= connected
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux names the threads of a process")
