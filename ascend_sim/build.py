@@ -24,7 +24,7 @@ from pathlib import Path
 SOURCES = Path(__file__).parent / "native"
 # What the libraries provide was read from this release; another one needs other symbols.
 SUPPORTED = "2.13"
-RUNTIME = ("order", "device", "stream", "memory", "pinned", "legacy", "faults", "counters")
+RUNTIME = ("order", "device", "stream", "memory", "pinned", "legacy", "faults", "log", "counters")
 # Their functions live in libascendcl.so; torch_npu looks some of them up through these names.
 ALIASES = ("acl_op_compiler", "ge_runner", "graph", "acl_tdt_channel")
 FLAGS = ("-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas")

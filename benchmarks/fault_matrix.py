@@ -81,6 +81,7 @@ LEFT_OUT = {
     "NCCL": "the library of CUDA",
     "watchdog": "told by a thread of torch_npu when a collective does not end, see tests/sim/test_hccl_failures.py",
     "host out of memory": "torch_npu 2.13 does not ask whether memory was pinned, and ends with a segmentation fault",
+    "launch queue": "not a fault of a call, but what is told where torch_npu loses the text of one",
     "BrokenPipe": "of the processes in which CANN compiles operators, which the simulator does not have",
 }
 
@@ -189,6 +190,7 @@ def rank_main(rank: int, port: int, folder: Path, place: str, fault: Fault | Non
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", GROUP_RANK="0",
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="faults",
         TORCHELASTIC_USE_AGENT_STORE="False", HCCL_EXEC_TIMEOUT="10", HCCL_CONNECT_TIMEOUT="6",
+        ASCEND_PROCESS_LOG_PATH=str(output.parent / "log"),
     )  # fmt: skip
     with output.open("w") as file:
         os.dup2(file.fileno(), 1)

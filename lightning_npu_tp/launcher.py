@@ -31,6 +31,7 @@ from lightning_npu_tp.comm_errors import explain
 from lightning_npu_tp.device_errors import explain_device_error
 from lightning_npu_tp.errors import ConfigError
 from lightning_npu_tp.hydra_job import HydraJob, current_job, program
+from lightning_npu_tp.launch_queue import heard_of_launch_queue
 from lightning_npu_tp.process_group import host_watch
 from lightning_npu_tp.processes import ChildProcess, parent_channel
 from lightning_npu_tp.signals import SignalWatch
@@ -120,6 +121,17 @@ class ProcessLauncher(_SubprocessScriptLauncher):
         self._watch = SignalWatch(on_sigterm=on_sigterm, grace_seconds=grace_seconds, notice=notice, end=end)
         self._watch.install()
 
+    def end_unheard(self, error: BaseException, trainer: pl.Trainer | None) -> None:
+        """End this rank from another thread, with an error that the trainer's thread does not come to report."""
+        explained = explain_device_error(error, trainer) or error
+        text = f"{error}\n\n{type(explained).__module__}.{type(explained).__qualname__}: {explained}"
+        say(text)
+        if (channel := parent_channel()) is not None:
+            channel.send("raised", traceback=text)
+        if self._current is not None:
+            self._current.end_run(None, 1)
+        end_now(1)
+
     def _run(self, function: Callable, args: Any, kwargs: Any, trainer: pl.Trainer | None) -> Any:
         with self._watched():
             _set_num_threads_if_needed(num_processes=self.num_processes)
@@ -129,6 +141,7 @@ class ProcessLauncher(_SubprocessScriptLauncher):
                 return function(*args, **kwargs)
             except (RuntimeError, ConnectionError) as error:
                 # Here, because Lightning's teardown, which closes the groups, comes further out.
+                heard_of_launch_queue(error)
                 explained = explain(error, host_watch()) or explain_device_error(error, trainer)
                 if explained is not None:
                     raise explained from error

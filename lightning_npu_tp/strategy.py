@@ -53,6 +53,7 @@ from lightning_npu_tp.families.family import ModelFamily
 from lightning_npu_tp.families.registry import supported
 from lightning_npu_tp.hccl.env import HcclSettings, SettingsReport
 from lightning_npu_tp.hosts import crossings
+from lightning_npu_tp.launch_queue import launch_queue_has_ended, leave_launch_queue, watch_launch_queue
 from lightning_npu_tp.launcher import ProcessLauncher, check_world
 from lightning_npu_tp.layout import Dispatch, Groups, Layout, Meshes, Size, resolve_dispatch
 from lightning_npu_tp.loops import use_quiet_epoch_loop
@@ -298,6 +299,9 @@ class NPUTensorParallelStrategy(CheckpointHooks):
             # gloo has no thread that ends the process.
             speak_at_terminate(last_words(self.global_rank, socket.gethostname()))
         module = self.lightning_module
+        if self.root_device.type == NPU and isinstance(self._launcher, ProcessLauncher):
+            trainer = None if module is None else module._trainer
+            watch_launch_queue(self.root_device, partial(self._launcher.end_unheard, trainer=trainer))
         if module is not None and module._trainer is not None:
             require_agreement(run_settings(module.trainer, module, self))
         meshes = Meshes.build(self.layout, self.root_device.type, timeout=self._timeout, buffers_mb=buffers_mb)
@@ -333,6 +337,7 @@ class NPUTensorParallelStrategy(CheckpointHooks):
             *groups,
             partial(release_groups, self.lightning_module),
             close_process_group,
+            leave_launch_queue,
             be_silent_at_terminate,
             undo_settings,
         )
@@ -420,18 +425,20 @@ class NPUTensorParallelStrategy(CheckpointHooks):
         module = self.lightning_module
         trainer = None if module is None else module._trainer
         failing = trainer is not None and trainer.state.status == TrainerStatus.INTERRUPTED
+        lost = launch_queue_has_ended()
 
         def module_to_cpu() -> None:
             # After a failed conversion there is nothing to move, and the attempt would hide why it failed.
             if module is not None and not any(parameter.is_meta for parameter in module.parameters()):
                 module.cpu()
 
+        to_cpu = (lambda: _optimizers_to_device(self.optimizers, torch.device("cpu")), module_to_cpu)
         steps: tuple[Callable[[], object], ...] = (
-            lambda: _optimizers_to_device(self.optimizers, torch.device("cpu")),
-            module_to_cpu,
+            # What no longer reaches the card does not come back from it.
+            *(() if lost else to_cpu),
             self.cluster_environment.teardown,
             self.precision_plugin.teardown,
-            self.accelerator.teardown,
+            *(() if lost else (self.accelerator.teardown,)),
             self.checkpoint_io.teardown,
             lambda: self._close(failing=failing),
         )

@@ -85,7 +85,10 @@ bool is_launch_thread() {
 
 using namespace ascend_sim;
 
-ASCEND_SIM_API void ascend_sim_set_error(const char* text) { error_text = text ? text : ""; }
+ASCEND_SIM_API void ascend_sim_set_error(const char* text) {
+  error_text = text ? text : "";
+  if (!error_text.empty()) log_error(error_text);
+}
 
 ASCEND_SIM_API int aclInit(const char*) {
   ASCEND_SIM_ENTER;
@@ -99,7 +102,6 @@ ASCEND_SIM_API int aclFinalize() {
 }
 
 ASCEND_SIM_API const char* aclGetRecentErrMsg() { return last_error(); }
-ASCEND_SIM_API void aclAppLog(int, const char*, const char*, uint32_t, const char*, ...) {}
 
 ASCEND_SIM_API int aclsysGetCANNVersion(int, char* version) {
   // The version's text, then four parts and a reserve that nobody reads.

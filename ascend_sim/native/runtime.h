@@ -52,6 +52,9 @@ void use_device(int device);
 
 const char* last_error();
 
+// Add the text to the log of this process, where one is asked for.
+void log_error(const std::string& text);
+
 // ascend_sim_fault for an allocation, whose size a fault can ask for.
 int fault_of_allocation(const char* api, uint64_t bytes);
 

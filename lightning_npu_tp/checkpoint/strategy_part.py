@@ -29,12 +29,15 @@ from torch.optim import Optimizer
 from lightning_npu_tp.checkpoint import facts, rank_state, reader, resume, training_state, writer
 from lightning_npu_tp.checkpoint.load import leave_to_checkpoint
 from lightning_npu_tp.checkpoint.manifest import Manifest
-from lightning_npu_tp.checkpoint.peers import Peers
+from lightning_npu_tp.checkpoint.peers import PeerFailure, Peers
 from lightning_npu_tp.checkpoint.postponed import Postponed, goes_on, step_is_half_made
 from lightning_npu_tp.checkpoint.saves import Saves
+from lightning_npu_tp.device import NPU
 from lightning_npu_tp.errors import CheckpointError, ConfigError
 from lightning_npu_tp.families.family import ModelFamily
 from lightning_npu_tp.families.registry import FAMILIES
+from lightning_npu_tp.hccl.faults import explain
+from lightning_npu_tp.launch_queue import require_launch_queue
 from lightning_npu_tp.layout import Layout
 from lightning_npu_tp.preemption import Preemption
 from lightning_npu_tp.signals import TERMINATED
@@ -165,6 +168,7 @@ class CheckpointHooks(ParallelStrategy):
             if background and self._save_group is None:
                 self._save_group = dist.new_group(backend="gloo", timeout=self._timeout)
             save = self._prepared(checkpoint, path, Peers(self._save_group if background else None), copy=background)
+            self._require_card(path)
             self._saves.run(path, save, background=background)
 
     def _prepared(self, checkpoint: dict[str, Any], path: Path, peers: Peers, *, copy: bool) -> Any:
@@ -190,6 +194,20 @@ class CheckpointHooks(ParallelStrategy):
         tensors, rest = training_state.split(checkpoint)
         content = writer.serialized(rest) if self.is_global_zero else b""
         return partial(writer.save_folder, tensors, content, writer.serialized(own), path, manifest, peers)
+
+    def _require_card(self, path: Path) -> None:
+        """Raise CheckpointError on every rank if some card no longer gets its work: what it gave is not what it has."""
+        if self.root_device.type != NPU:
+            return
+        try:
+            Peers().each(partial(require_launch_queue, self.root_device))
+        except PeerFailure as failure:
+            fault = explain(failure.words())
+            meaning = "" if fault is None else f" {fault.sentence()}"
+            raise CheckpointError(
+                f"The checkpoint {path} is not saved, because it would not hold what was trained: {failure.words()}"
+                f"{meaning} Earlier checkpoints are as they were."
+            ) from None
 
     @property
     def _known_families(self) -> tuple[ModelFamily, ...]:

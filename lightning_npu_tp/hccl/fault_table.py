@@ -397,6 +397,15 @@ RUNTIME = (
         restart="helps",
         pattern=r"BrokenPipe|Broken pipe|\[Errno 32\]",
     ),
+    Fault(
+        code="launch queue",
+        title="torch_npu has stopped handing work to the card",
+        cause="A call to the card failed in the thread that makes them, and a thread of torch_npu swallowed its error.",
+        check=f"the last errors in {_LOG}, in plog-PID_*.log of this process; without one, "
+        "`strategy.hccl.launch_blocking=true`, with which there is no such thread.",
+        restart="may help",
+        pattern=r"launch queue has ended",
+    ),
 )
 
 # ERRmmccc, torch_npu's own: who reports, and what kind of error.

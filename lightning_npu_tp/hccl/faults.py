@@ -32,6 +32,7 @@ _CALLED = (
     # A name ends at a comma or a parenthesis; of some codes the meaning stands there, such as SUSPECT REMOTE ERROR.
     re.compile(r"(?:HCCL|NPU|OPS) function error: (?:\w+::)*(\w+)(?=[(,])"),
     re.compile(r"\btag\[([^\]]+)\]"),
+    re.compile(r"the current working operator name is (\w+)"),
 )
 
 

@@ -6,6 +6,7 @@ Catches a fault that strikes the wrong call, outlives its block or does not reac
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 
@@ -147,3 +148,28 @@ def test_a_wrong_name_in_the_environment_ends_the_run_before_it_starts() -> None
         check=False,
     )
     assert ended.returncode == 2 and "aclrtFree" in ended.stderr and "ran" not in ended.stdout
+
+
+def test_errors_are_logged_where_asked_for_as_cann_does(tmp_path) -> None:
+    program = """
+import ascend_sim
+try:
+    with ascend_sim.inject("aclrtSynchronizeDeviceWithTimeout", code=507018, text="EI0004: a torn table"):
+        torch.npu.synchronize()
+except RuntimeError:
+    pass
+"""
+    folder = tmp_path / "logs"
+    assert child(program, ASCEND_PROCESS_LOG_PATH=str(folder)).returncode == 0
+    (log,) = folder.glob("debug/plog/plog-*_*.log")
+    assert re.search(
+        r"^\[ERROR\] HCCL\(\d+,python\):[\d:.-]+ \[ascend_sim\]EI0004: a torn table$", log.read_text(), re.M
+    )
+
+    done = child(program, HOME=str(tmp_path / "home"))
+    assert done.returncode == 0 and "torn" not in done.stdout + done.stderr and not (tmp_path / "home").exists()
+
+    done = child(program, ASCEND_SLOG_PRINT_TO_STDOUT="1", ASCEND_GLOBAL_LOG_LEVEL="1")
+    assert "a torn table" in done.stdout
+    # torch_npu's own lines, with file and function in their places.
+    assert re.search(r"^\[INFO\] APP\(\d+,python\):.* \[NPUQueue.cpp:\d+\]\[MakeSureQueueEmpty\]", done.stdout, re.M)

@@ -118,6 +118,13 @@ REAL = {
     ),
     "nccl": ("NCCL error in: ProcessGroupNCCL.cpp:3700, ncclRemoteError: remote process exited", "NCCL", None),
     "pipe": ("BrokenPipeError: [Errno 32] Broken pipe", "BrokenPipe", None),
+    "launch queue": (
+        "The Inner error is reported as above. The process exits for this inner error, and the current working "
+        f"operator name is HcclAllreduce.\n{STAMP} ERR00100 PTA call acl api failed.\nEI0004: [PID: 1] the table is torn",
+        "EI0004",
+        "HcclAllreduce",
+    ),
+    "launch queue without an error": ("torch_npu's launch queue has ended, and", "launch queue", None),
     "only its own code": (f"something failed\n{STAMP} ERR01007 OPS feature not supported", "ERR01007", None),
 }
 
