@@ -35,6 +35,8 @@ _NAME = "acl_thread"
 _THREADS = Path("/proc/self/task")
 _POLL_SECONDS = 0.05
 _PROBE_SECONDS = 1.0
+# In which the thread is looked for often: it starts with the first work.
+_SEARCH_SECONDS = 5.0
 # Until an event that was not recorded yet is looked into: the queue may have much to do.
 _PATIENCE_SECONDS = 2.0
 # Until the trainer's thread has noticed an exception, if it runs Python at all.
@@ -84,13 +86,20 @@ class LaunchQueueWatch:
 
     def _look(self) -> None:
         module: Any = torch_module(self._device.type)
-        module.set_device(self._device)
-        stream = module.Stream(self._device)
-        due = 0.0
+        try:
+            module.set_device(self._device)
+            stream = module.Stream(self._device)
+        except RuntimeError:
+            # The trainer's thread meets it as well.
+            return
+        begun, due = time.monotonic(), 0.0
         # Often, to come before a thread that would throw the error away.
         while not self._closed.wait(_POLL_SECONDS):
-            self._queue = self._queue or _queue_thread()
-            if not self.has_ended() and time.monotonic() < due:
+            now = time.monotonic()
+            # In launch-blocking mode there is none to be found.
+            if self._queue is None and (now >= due or now < begun + _SEARCH_SECONDS):
+                self._queue = _queue_thread()
+            if now < due and not self.has_ended():
                 continue
             if text := self._problem(module, stream):
                 self._tell(text)
@@ -109,14 +118,13 @@ class LaunchQueueWatch:
         except RuntimeError as error:
             # Nobody else will get it now.
             return str(error)
-        for _ in range(int(_PATIENCE_SECONDS / _POLL_SECONDS)):
-            if event.query() or self._closed.wait(_POLL_SECONDS):
-                return ""
-        if self.has_ended():
-            # Its remaining work may never end; nor would waiting for it.
-            return dropped(os.getpid())
         try:
-            return "" if _is_recorded(event, stream) else dropped(os.getpid())
+            for _ in range(int(_PATIENCE_SECONDS / _POLL_SECONDS)):
+                if event.query() or self._closed.wait(_POLL_SECONDS):
+                    return ""
+            # Where its thread has ended, the queue's remaining work may never end; nor would waiting for it.
+            lost = self.has_ended() or not _is_recorded(event, stream)
+            return dropped(os.getpid()) if lost else ""
         except RuntimeError:
             # The card's, which everybody is told who waits for it.
             return ""

@@ -120,7 +120,7 @@ REAL = {
     "pipe": ("BrokenPipeError: [Errno 32] Broken pipe", "BrokenPipe", None),
     "launch queue": (
         "The Inner error is reported as above. The process exits for this inner error, and the current working "
-        f"operator name is HcclAllreduce.\n{STAMP} ERR00100 PTA call acl api failed.\nEI0004: [PID: 1] the table is torn",
+        f"operator name is HcclAllreduce.\n{STAMP} ERR00100 PTA call acl api failed.\nEI0004: [PID: 1] a torn table",
         "EI0004",
         "HcclAllreduce",
     ),
