@@ -8,8 +8,6 @@ tensor of the files be used or ignored for a stated reason, before the first byt
 
 from __future__ import annotations
 
-import ctypes
-import mmap
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,7 +28,6 @@ from lightning_npu_tp.errors import CheckpointError, ConfigError
 _MARK = "_lightning_npu_tp_weights"
 _LEFT = "_lightning_npu_tp_left_to_checkpoint"
 _SHOWN = 10
-_HUGE = 2 << 20
 _LINE_EVERY_S = 10.0
 
 
@@ -141,8 +138,6 @@ def fill(
             return report
         files = open_folder(folder)
         reads = _planned(files, targets, table, report, family)
-        for target in targets:
-            ask_for_huge_pages(target.tensor)
         reader = SliceReader()
         try:
             with _progress(files, sum(_bytes(read) for read in reads), peers.is_main) as advance:
@@ -162,19 +157,6 @@ def fill(
     if problem := reports[peers.rank].problem:
         rank_zero_warn(f"The run goes on with the weights of its checkpoint, although: {problem}")
     return reports[peers.rank]
-
-
-def ask_for_huge_pages(tensor: Tensor) -> None:
-    """Have the memory of a large CPU tensor that nobody has written yet come in pages of 2 MiB.
-
-    In pages of 4 KiB the system's work for them takes several times as long as the copy. A hint only: where it means
-    nothing, nothing happens.
-    """
-    if tensor.device.type != "cpu" or tensor.numel() * tensor.element_size() < 4 * _HUGE or sys.platform != "linux":
-        return
-    start = -(-tensor.data_ptr() // _HUGE) * _HUGE
-    stop = (tensor.data_ptr() + tensor.numel() * tensor.element_size()) // _HUGE * _HUGE
-    ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), mmap.MADV_HUGEPAGE)
 
 
 def _bytes(read: _Read) -> int:

@@ -16,7 +16,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lightning_npu_tp.checkpoint.index import SliceReader, open_folder, read_header, runs
-from lightning_npu_tp.checkpoint.load import ask_for_huge_pages
 from lightning_npu_tp.errors import CheckpointError
 
 TENSORS = {
@@ -218,18 +217,3 @@ def test_a_file_that_shrinks_while_it_is_read(folder: Path) -> None:
         file.truncate(stored.start + 10)
     with pytest.raises(CheckpointError, match="it ended at byte"):
         SliceReader().read(stored, ((0, 3), (0, 4), (0, 5)), torch.empty(3, 4, 5, dtype=torch.bfloat16))
-
-
-def test_large_parameters_ask_for_huge_pages() -> None:
-    tensor = torch.empty(64 << 20, dtype=torch.uint8)
-    ask_for_huge_pages(tensor)
-    middle = tensor.data_ptr() + tensor.numel() // 2
-    flags, inside = [], False
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        first = line.split()[0]
-        if "-" in first and not first.endswith(":"):
-            start, stop = (int(part, 16) for part in first.split("-"))
-            inside = start <= middle < stop
-        elif inside and first == "VmFlags:":
-            flags = line.split()
-    assert "hg" in flags
