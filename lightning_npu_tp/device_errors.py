@@ -8,6 +8,7 @@ the error, its traceback and the trainer when it is too late for anything else.
 
 from __future__ import annotations
 
+import os
 import socket
 import sysconfig
 from collections.abc import Iterable, Iterator, Mapping
@@ -25,6 +26,7 @@ from lightning_npu_tp.families.registry import FAMILIES
 from lightning_npu_tp.fitting import Run, Told, in_words, kept_for_the_run, read_numbers, sizes_of, suggestions
 from lightning_npu_tp.hccl.fault_table import MEMORY, Fault
 from lightning_npu_tp.hccl.faults import DeviceFault, called, explain
+from lightning_npu_tp.hccl.process_log import logged_errors
 from lightning_npu_tp.hosts import CommunicationError
 from lightning_npu_tp.kernels import select
 from lightning_npu_tp.plan import match_plan
@@ -50,6 +52,11 @@ def explain_device_error(error: BaseException, trainer: Any = None) -> Lightning
         return None
     text = str(error)
     fault = explain(f"{type(error).__name__}: {text}" if isinstance(error, ConnectionError) else text)
+    logged = ""
+    if fault is not None and fault.code.startswith("ERR"):
+        # torch_npu's own code says that something failed; what, CANN has perhaps written down.
+        logged = logged_errors(os.getpid())
+        fault = explain(f"{text}\n{logged}") or fault
     strategy = getattr(trainer, "strategy", None)
     on_cpu = getattr(getattr(strategy, "root_device", None), "type", "cpu") == "cpu"
     if fault is None or (on_cpu and fault.code in _ON_CARDS_ONLY):
@@ -59,7 +66,7 @@ def explain_device_error(error: BaseException, trainer: Any = None) -> Lightning
     if fault.lost_peer:
         return CommunicationError(message + fault.sentence())
     if fault not in MEMORY:
-        return DeviceFault(message + fault.sentence())
+        return DeviceFault(message + fault.sentence() + (f"\n{logged}" if logged else ""))
     return OutOfMemory(message + _about_memory(fault, text, error, trainer))
 
 

@@ -29,6 +29,7 @@ from typing import Any
 import torch
 
 from lightning_npu_tp.device import torch_module
+from lightning_npu_tp.hccl.process_log import logged_errors, place_of_logs
 
 # What torch_npu calls the queue's thread; and the folder of this process's threads, under Linux.
 _NAME = "acl_thread"
@@ -44,7 +45,6 @@ _NOTICE_SECONDS = 5.0
 # Until a process whose queue has ended is through with its clean-up; if it cannot even say that, a little more.
 _UNWIND_SECONDS = 20.0
 _SPEECHLESS_SECONDS = 5.0
-_LINES_OF_THE_LOG = 6
 
 _watch: LaunchQueueWatch | None = None
 
@@ -213,15 +213,10 @@ def _queue_thread() -> Path | None:
 
 def dropped(pid: int) -> str:
     """What to say where the queue's error was lost: the end of that process's log, if there is one."""
-    folder = Path(os.environ.get("ASCEND_PROCESS_LOG_PATH") or Path.home() / "ascend" / "log")
     text = (
         "torch_npu's launch queue has ended, and a thread of torch_npu has swallowed its error. Nothing that this "
         "process calls reaches the card any more."
     )
-    logs = sorted(folder.glob(f"debug/plog/plog-{pid}_*.log"))
-    if not logs:
-        return f"{text} The device's log would be {folder}/debug/plog/plog-{pid}_*.log, but is not there."
-    lines = [line for line in logs[-1].read_text(errors="replace").splitlines() if line.startswith("[ERROR]")]
-    # The queue's own complaints, one for each thing that it drops, come after the cause and hide it.
-    told = [line for line in lines if "CAN_EXIT" not in line][-_LINES_OF_THE_LOG:]
-    return "\n".join([f"{text} From {logs[-1]}:", *told])
+    if logged := logged_errors(pid):
+        return f"{text} {logged}"
+    return f"{text} The device's log would be {place_of_logs(pid)}, but is not there."

@@ -80,4 +80,9 @@ def close_process_group() -> None:
         _watch.close()
         _watch = None
     if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
+        try:
+            dist.destroy_process_group()
+        except RuntimeError:
+            # torch_npu would try again when the interpreter ends, and print a traceback under the error that explains.
+            dist.distributed_c10d._world.pg_names.clear()
+            raise

@@ -5,6 +5,7 @@ rank taken for a lost peer.
 
 from __future__ import annotations
 
+import os
 from functools import partial
 from types import SimpleNamespace
 
@@ -52,6 +53,20 @@ def test_operation_rank_cause_and_remedy_are_told() -> None:
     text = str(found)
     assert text.startswith("aclnnIndexSelect failed on rank 3 of host ")
     assert "507015" in text and "strategy.kernels" in text and "token ids and labels" in text
+
+
+def test_a_code_that_torch_npu_leaves_out_is_found_in_the_log(monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("ASCEND_PROCESS_LOG_PATH", str(tmp_path))
+    bare = RuntimeError("The Inner error is reported as above.\n[ERROR] ERR00100 PTA call acl api failed.")
+    assert "ERR00100: " in str(explain_device_error(raised(bare), a_trainer()))
+    log = tmp_path / "debug" / "plog" / f"plog-{os.getpid()}_1.log"
+    log.parent.mkdir(parents=True)
+    line = "[ERROR] APP(1,python):2026-11-01-10:45:23 [OpParamMaker.cpp:645]aclrtRecordEvent error! ret = 507015"
+    log.write_text(f"[INFO] ret = 507018\n{line}\n")
+    text = str(explain_device_error(raised(bare), a_trainer()))
+    assert "507015: " in text and "507018" not in text and text.endswith(f"From {log}:\n{line}")
+    # An error that names its code needs no log.
+    assert str(log) not in str(explain_device_error(raised(RuntimeError(AICORE)), a_trainer()))
 
 
 def test_without_an_operator_in_the_text_the_place_in_the_users_code_is_told() -> None:

@@ -53,3 +53,18 @@ def test_each_group_has_keys_of_its_own_in_one_store_and_a_new_job_starts_anew(p
 def test_closing_what_is_not_open_is_no_error() -> None:
     assert not dist.is_initialized()
     close_process_group()
+
+
+def test_what_cannot_be_closed_is_not_tried_again_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    # torch_npu closes what is named there when the interpreter ends.
+    names = {"a group": "its name"}
+
+    def destroy() -> None:
+        raise RuntimeError("the card is gone")
+
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "destroy_process_group", destroy)
+    monkeypatch.setattr(dist.distributed_c10d, "_world", SimpleNamespace(pg_names=names))
+    with pytest.raises(RuntimeError, match="the card is gone"):
+        close_process_group()
+    assert not names
