@@ -18,7 +18,9 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from lightning_npu_tp.errors import ConfigError
+from lightning_npu_tp.errors import ConfigError, RankFailure
+from lightning_npu_tp.hccl.faults import DeviceFault
+from lightning_npu_tp.hosts import CommunicationError
 
 log = logging.getLogger(__name__)
 
@@ -78,9 +80,17 @@ class LossCurve(Callback):
         self._draw(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Draw what there is of a run that failed or was interrupted."""
-        if trainer.state.fn == "fit":
-            self._draw(trainer)
+        """Draw what there is of a run that failed or was interrupted; nothing is asked of a card that failed."""
+        if trainer.state.fn != "fit":
+            return
+        lost = isinstance(exception, DeviceFault | CommunicationError | RankFailure)
+        self._waiting = [(step, loss) for step, loss in self._waiting if loss.device.type == "cpu" or not lost]
+        try:
+            self._collect()
+        except RuntimeError:
+            # An error of the device that nobody has explained; it is on its way out, and must not be replaced.
+            self._waiting = []
+        self._draw(trainer)
 
     def _collect(self) -> None:
         """Move waiting losses to the host, all at once."""

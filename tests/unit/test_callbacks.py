@@ -21,7 +21,8 @@ from torch.utils.data import DataLoader
 from lightning_npu_tp import NPUTensorParallelStrategy
 from lightning_npu_tp.callbacks import LossCurve, TokensPerSecond, TrainingProgressBar, Warmup, throughput
 from lightning_npu_tp.callbacks import warmup as warmup_module
-from lightning_npu_tp.errors import ConfigError
+from lightning_npu_tp.errors import ConfigError, RankFailure
+from lightning_npu_tp.hccl.faults import DeviceFault
 from lit_models.causal_lm import LitCausalLM
 from lit_models.loggers import CSVMetrics, tensorboard
 
@@ -362,6 +363,42 @@ def test_the_curve_of_an_interrupted_run_is_drawn(tmp_path) -> None:
     with pytest.raises(RuntimeError, match="stop"):
         fit(small_model(), [curve, Stops()])
     assert curve.path.exists() and len(curve._train) == 1
+
+
+class OnABrokenCard(torch.Tensor):
+    """A loss that cannot be read; `asked` counts who tried."""
+
+    asked = 0
+
+    @property
+    def device(self):
+        return torch.device("cuda", 0)
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is torch.stack:
+            OnABrokenCard.asked += 1
+            raise RuntimeError("the card is gone")
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+@pytest.mark.parametrize(
+    ("error", "asked"), [(DeviceFault("explained"), 0), (RankFailure("another"), 0), (ValueError("the user's"), 1)]
+)
+def test_a_broken_card_is_not_asked_for_losses_and_does_not_replace_the_error(tmp_path, error, asked) -> None:
+    OnABrokenCard.asked = 0
+
+    class Fails(L.Callback):
+        def on_train_batch_end(self, trainer, *args) -> None:
+            curve._waiting.append((2, torch.zeros(()).as_subclass(OnABrokenCard)))
+            raise error
+
+    curve = LossCurve(tmp_path / "loss.png")
+    with pytest.raises(type(error), match=str(error)):
+        fit(small_model(), [curve, Fails()])
+    assert OnABrokenCard.asked == asked and curve.path.exists()
+    # What the host has already is drawn.
+    assert len(curve._train) == 1 - asked
 
 
 def test_a_full_disk_under_the_curve_is_told_and_the_training_stands(tmp_path, caplog) -> None:
