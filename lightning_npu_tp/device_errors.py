@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lightning_npu_tp.activations import fused_by
 from lightning_npu_tp.convert import find_models
-from lightning_npu_tp.errors import LightningNPUTPError
+from lightning_npu_tp.errors import LightningNPUTPError, RankFailure
 from lightning_npu_tp.families.registry import FAMILIES
 from lightning_npu_tp.fitting import Run, Told, in_words, kept_for_the_run, read_numbers, sizes_of, suggestions
 from lightning_npu_tp.hccl.fault_table import MEMORY, Fault
@@ -68,6 +68,11 @@ def explain_device_error(error: BaseException, trainer: Any = None) -> Lightning
     if fault not in MEMORY:
         return DeviceFault(message + fault.sentence() + (f"\n{logged}" if logged else ""))
     return OutOfMemory(message + _about_memory(fault, text, error, trainer))
+
+
+def may_hang(error: BaseException) -> bool:
+    """Whether, after this error, asking the device for anything may raise or never return. Full memory is none."""
+    return isinstance(error, DeviceFault | CommunicationError | RankFailure) and not isinstance(error, OutOfMemory)
 
 
 def _about_memory(fault: Fault, text: str, error: BaseException, trainer: Any) -> str:

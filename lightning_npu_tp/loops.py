@@ -230,3 +230,20 @@ def use_quiet_epoch_loop(trainer: Trainer) -> None:
 def _with_state_of(stock: Any, own: Any) -> Any:
     own.__dict__.update(stock.__dict__)
     return own
+
+
+def take_results_off(trainer: Trainer, *, lost: bool) -> None:
+    """Move what a failed run has logged to the host, or forget it, before Lightning does and replaces the error.
+
+    lost: the device is not to be asked.
+    """
+    loop = trainer._active_loop
+    epochs = getattr(loop, "epoch_loop", loop)
+    for each in (epochs, getattr(epochs, "val_loop", None)):
+        results = getattr(each, "_results", None)
+        if results is None:
+            continue
+        try:
+            results.clear() if lost else results.cpu()
+        except RuntimeError:
+            results.clear()

@@ -48,6 +48,7 @@ from lightning_npu_tp.data_parallel import (
     release_groups,
 )
 from lightning_npu_tp.device import NPU, backend_for, idle_npus
+from lightning_npu_tp.device_errors import may_hang
 from lightning_npu_tp.errors import ConfigError, ConversionError
 from lightning_npu_tp.families.family import ModelFamily
 from lightning_npu_tp.families.registry import supported
@@ -56,7 +57,7 @@ from lightning_npu_tp.hosts import crossings
 from lightning_npu_tp.launch_queue import launch_queue_has_ended, leave_launch_queue, watch_launch_queue
 from lightning_npu_tp.launcher import ProcessLauncher, check_world
 from lightning_npu_tp.layout import Dispatch, Groups, Layout, Meshes, Size, resolve_dispatch
-from lightning_npu_tp.loops import use_quiet_epoch_loop
+from lightning_npu_tp.loops import take_results_off, use_quiet_epoch_loop
 from lightning_npu_tp.precision import precision_dtype, rebuild_precision
 from lightning_npu_tp.process_group import close_process_group, host_watch, open_process_group
 from lightning_npu_tp.recompute import Recompute
@@ -171,6 +172,7 @@ class NPUTensorParallelStrategy(CheckpointHooks):
         self._groups = Groups()
         self._adopted: list[Groups] = []
         self._layout: Layout | None = None
+        self._card_failed = False
         self._reduces_gradients = True
         self.num_nodes = 1
 
@@ -419,13 +421,21 @@ class NPUTensorParallelStrategy(CheckpointHooks):
         with torch.device("meta") if empty_init else nullcontext(), self.precision_plugin.tensor_init_context():
             yield
 
+    def on_exception(self, exception: BaseException) -> None:
+        """Note whether this rank's card can still be asked for anything."""
+        self._card_failed = self.root_device.type != "cpu" and may_hang(exception)
+
     def teardown(self) -> None:
         """Give back device memory and destroy the process group."""
         assert self.cluster_environment is not None and self.accelerator is not None
         module = self.lightning_module
         trainer = None if module is None else module._trainer
         failing = trainer is not None and trainer.state.status == TrainerStatus.INTERRUPTED
-        lost = launch_queue_has_ended()
+        lost = self._card_failed or launch_queue_has_ended()
+        self._card_failed = False
+        if failing:
+            assert trainer is not None
+            take_results_off(trainer, lost=lost)
 
         def module_to_cpu() -> None:
             # After a failed conversion there is nothing to move, and the attempt would hide why it failed.
@@ -434,7 +444,7 @@ class NPUTensorParallelStrategy(CheckpointHooks):
 
         to_cpu = (lambda: _optimizers_to_device(self.optimizers, torch.device("cpu")), module_to_cpu)
         steps: tuple[Callable[[], object], ...] = (
-            # What no longer reaches the card does not come back from it.
+            # What a card has that failed, or waits for a rank that did, does not come back; asking may take for ever.
             *(() if lost else to_cpu),
             self.cluster_environment.teardown,
             self.precision_plugin.teardown,

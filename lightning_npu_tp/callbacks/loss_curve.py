@@ -18,9 +18,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from lightning_npu_tp.errors import ConfigError, RankFailure
-from lightning_npu_tp.hccl.faults import DeviceFault
-from lightning_npu_tp.hosts import CommunicationError
+from lightning_npu_tp.device_errors import may_hang
+from lightning_npu_tp.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +82,7 @@ class LossCurve(Callback):
         """Draw what there is of a run that failed or was interrupted; nothing is asked of a card that failed."""
         if trainer.state.fn != "fit":
             return
-        lost = isinstance(exception, DeviceFault | CommunicationError | RankFailure)
+        lost = may_hang(exception)
         self._waiting = [(step, loss) for step, loss in self._waiting if loss.device.type == "cpu" or not lost]
         try:
             self._collect()

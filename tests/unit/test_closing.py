@@ -3,14 +3,22 @@ after another one raised, and a failure of teardown that nobody hears of."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection
 from torch.distributed.tensor import distribute_module
 
 from lightning_npu_tp import NPUTensorParallelStrategy
 from lightning_npu_tp.closing import close_all
+from lightning_npu_tp.device_errors import OutOfMemory, may_hang
+from lightning_npu_tp.errors import RankFailure
 from lightning_npu_tp.hccl.faults import DeviceFault
+from lightning_npu_tp.hosts import CommunicationError
+from lightning_npu_tp.loops import take_results_off
 from lightning_npu_tp.signals import TERMINATED, SignalWatch
 
 
@@ -78,6 +86,82 @@ def test_the_error_that_is_told_is_the_first_one(in_training: bool):
         trainer.fit(BrokenDevice(in_training=in_training))
     # What comes after the step that failed was done as well.
     assert not torch.distributed.is_initialized()
+
+
+def results_of(value: torch.Tensor) -> Any:
+    results = _ResultCollection(training=True)
+    results.log("training_step", "loss", value, on_step=True, on_epoch=False)
+    return results
+
+
+class Unreadable(torch.Tensor):
+    """What lies on a card that has failed; `asked` counts who tried to get it."""
+
+    asked = 0
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.to:
+            Unreadable.asked += 1
+            raise RuntimeError("the device is gone")
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+@pytest.mark.parametrize(("lost", "asked"), [(True, 0), (False, 1)])
+def test_what_was_logged_on_a_failed_card_is_let_go_before_lightning_asks_for_it(lost: bool, asked: int):
+    Unreadable.asked = 0
+    broken, fine = results_of(torch.ones(())), results_of(torch.ones(()))
+    for metric in broken.result_metrics:
+        metric.value = metric.value.as_subclass(Unreadable)
+    epochs = SimpleNamespace(_results=broken, val_loop=SimpleNamespace(_results=fine))
+    take_results_off(SimpleNamespace(_active_loop=SimpleNamespace(epoch_loop=epochs)), lost=lost)
+    assert not broken and Unreadable.asked == asked
+    assert bool(fine) is not lost
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("device", "asked"), [("cuda", []), ("cpu", ["weights"])])
+def test_a_card_that_failed_is_asked_for_nothing(monkeypatch, device: str, asked: list[str]):
+    told: list[str] = []
+
+    class Job(BrokenDevice):
+        def cpu(self):
+            told.append("weights")
+
+        def training_step(self, batch, batch_idx):
+            self.log("something", torch.ones(()))
+            return super().training_step(batch, batch_idx)
+
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=1,
+        strategy=NPUTensorParallelStrategy(convert=lambda module, meshes: distribute_module(module, meshes.dense)),
+        max_steps=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    on_exception = NPUTensorParallelStrategy.on_exception
+
+    def as_on_a_card(self, exception):
+        # Only there and then is this run one on a card.
+        with monkeypatch.context() as patch:
+            patch.setattr(NPUTensorParallelStrategy, "root_device", torch.device(device))
+            on_exception(self, exception)
+
+    monkeypatch.setattr(NPUTensorParallelStrategy, "on_exception", as_on_a_card)
+    with pytest.raises(DeviceFault, match="507015"):
+        trainer.fit(Job(in_training=True))
+    assert told == asked
+    assert bool(trainer.fit_loop.epoch_loop._results) is (device == "cpu")
+    # The next run with this strategy is another one.
+    assert not trainer.strategy._card_failed
+
+
+def test_full_memory_leaves_a_card_that_can_be_asked():
+    assert may_hang(DeviceFault("507015")) and may_hang(CommunicationError("x")) and may_hang(RankFailure("x"))
+    assert not may_hang(OutOfMemory("full")) and not may_hang(ValueError("x"))
 
 
 def test_a_rank_is_ended_after_its_time_also_where_nobody_could_be_told():
