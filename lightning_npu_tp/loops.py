@@ -11,6 +11,7 @@ run begins with that. What callbacks do in hooks of that batch that come after t
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -247,3 +248,12 @@ def take_results_off(trainer: Trainer, *, lost: bool) -> None:
             results.clear() if lost else results.cpu()
         except RuntimeError:
             results.clear()
+    connector: Any = trainer._logger_connector
+    for metrics in (connector._progress_bar_metrics, connector._logged_metrics, connector._callback_metrics):
+        for name, value in list(metrics.items()):
+            if not isinstance(value, Tensor) or value.device.type == "cpu":
+                continue
+            del metrics[name]
+            with suppress(RuntimeError):
+                if not lost:
+                    metrics[name] = value.cpu()

@@ -99,22 +99,32 @@ class Unreadable(torch.Tensor):
 
     asked = 0
 
+    @property
+    def device(self):
+        return torch.device("cuda", 0)
+
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
-        if func is torch.Tensor.to:
+        if func in (torch.Tensor.to, torch.Tensor.cpu):
             Unreadable.asked += 1
             raise RuntimeError("the device is gone")
         return super().__torch_function__(func, types, args, kwargs or {})
 
 
-@pytest.mark.parametrize(("lost", "asked"), [(True, 0), (False, 1)])
+@pytest.mark.parametrize(("lost", "asked"), [(True, 0), (False, 4)])
 def test_what_was_logged_on_a_failed_card_is_let_go_before_lightning_asks_for_it(lost: bool, asked: int):
     Unreadable.asked = 0
     broken, fine = results_of(torch.ones(())), results_of(torch.ones(()))
     for metric in broken.result_metrics:
         metric.value = metric.value.as_subclass(Unreadable)
     epochs = SimpleNamespace(_results=broken, val_loop=SimpleNamespace(_results=fine))
-    take_results_off(SimpleNamespace(_active_loop=SimpleNamespace(epoch_loop=epochs)), lost=lost)
+    on_card, here = torch.ones(()).as_subclass(Unreadable), torch.ones(())
+    logged = [{"a": on_card, "b": here, "c": 1.0} for _ in range(3)]
+    names = ("_progress_bar_metrics", "_logged_metrics", "_callback_metrics")
+    trainer = SimpleNamespace(_active_loop=SimpleNamespace(epoch_loop=epochs))
+    trainer._logger_connector = SimpleNamespace(**dict(zip(names, logged, strict=True)))
+    take_results_off(trainer, lost=lost)
+    assert logged == [{"b": here, "c": 1.0}] * 3
     assert not broken and Unreadable.asked == asked
     assert bool(fine) is not lost
 
