@@ -68,10 +68,8 @@ class BrokenDevice(LightningModule):
         return torch.utils.data.DataLoader(torch.ones(2, 2))
 
 
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("in_training", [True, False])
-def test_the_error_that_is_told_is_the_first_one(in_training: bool):
-    trainer = Trainer(
+def trainer_of_one_step() -> Trainer:
+    return Trainer(
         accelerator="cpu",
         devices=1,
         strategy=NPUTensorParallelStrategy(convert=lambda module, meshes: distribute_module(module, meshes.dense)),
@@ -81,6 +79,12 @@ def test_the_error_that_is_told_is_the_first_one(in_training: bool):
         enable_progress_bar=False,
         enable_model_summary=False,
     )
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("in_training", [True, False])
+def test_the_error_that_is_told_is_the_first_one(in_training: bool):
+    trainer = trainer_of_one_step()
     kind, code = (DeviceFault, "507015: an operator on a matrix core") if in_training else (RuntimeError, "507018")
     with pytest.raises(kind, match=code):
         trainer.fit(BrokenDevice(in_training=in_training))
@@ -142,16 +146,7 @@ def test_a_card_that_failed_is_asked_for_nothing(monkeypatch, device: str, asked
             self.log("something", torch.ones(()))
             return super().training_step(batch, batch_idx)
 
-    trainer = Trainer(
-        accelerator="cpu",
-        devices=1,
-        strategy=NPUTensorParallelStrategy(convert=lambda module, meshes: distribute_module(module, meshes.dense)),
-        max_steps=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    trainer = trainer_of_one_step()
     on_exception = NPUTensorParallelStrategy.on_exception
 
     def as_on_a_card(self, exception):
