@@ -41,6 +41,9 @@ $(NPU_STAMP): $(STAMP) constraints.txt
 	@if $(NPU_RUN) -m pip install --quiet --no-deps -c constraints.txt torch_npu; then rm -f $(NPU_VENV)/absent; \
 		elif [ "$$(uname -sm)" = "Linux x86_64" ] || [ "$$(uname -sm)" = "Linux aarch64" ]; then exit 1; \
 		else echo "torch_npu has no wheel for $$(uname -sm)" >$(NPU_VENV)/absent; fi
+	@# The package comes from the first environment, its command would be run by that one's Python.
+	@printf '#!/bin/sh\nexec "$$(dirname "$$0")/python" -m lightning_npu_tp "$$@"\n' >$(NPU_VENV)/bin/lightning-npu-tp
+	@chmod +x $(NPU_VENV)/bin/lightning-npu-tp
 	@touch $(NPU_STAMP)
 
 install-npu: $(NPU_STAMP)

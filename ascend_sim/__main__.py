@@ -13,7 +13,7 @@ import ascend_sim
 from ascend_sim import faults
 
 # Options without a value.
-_FLAGS = ("--no-check-streams", "-h", "--help")
+_FLAGS = ("--no-check-streams", "--float64", "-h", "--help")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -30,6 +30,9 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--cann", help="version of CANN that torch_npu is told (8.5.0)")
     run.add_argument("--no-check-streams", action="store_true", help="do not look for missing synchronisation")
     run.add_argument("--delay-us", type=int, help="how late queued copies and collectives run, in microseconds (0)")
+    run.add_argument(
+        "--float64", action="store_true", help="compute in float64 too, as no card does, to compare without rounding"
+    )
     run.add_argument("--fault", action="append", default=[], help="NAME:key=value,… as in ascend_sim/faults.py")
     run.add_argument("--report-dir", help="folder for one JSON report per process")
     commands.add_parser("build", help="build the libraries now and print their folder")
@@ -68,6 +71,7 @@ def main(arguments: list[str]) -> int:
             cann=options.cann,
             check_streams=False if options.no_check_streams else None,
             delay_us=options.delay_us,
+            float64=True if options.float64 else None,
         )
         # A name of an operator is checked by whoever imports torch.
         faults.check_environment()

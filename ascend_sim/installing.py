@@ -21,8 +21,11 @@ SETTINGS: dict[str, tuple[str, str]] = {
     "cann": ("ASCEND_SIM_CANN", "8.5.0"),
     "check_streams": ("ASCEND_SIM_CHECK_STREAMS", "1"),
     "delay_us": ("ASCEND_SIM_DELAY_US", "0"),
+    "float64": ("ASCEND_SIM_FLOAT64", "0"),
 }
 MOST_DEVICES = 16
+# From these on torch_npu lets HCCL reduce float64; the name is one that the wheel knows.
+_SOCS_WITH_FLOAT64, _SOC_FOR_FLOAT64 = "Ascend950", "Ascend950PR_9599"
 
 
 class SimulatorError(RuntimeError):
@@ -42,6 +45,7 @@ def install(
     cann: str | None = None,
     check_streams: bool | None = None,
     delay_us: int | None = None,
+    float64: bool | None = None,
 ) -> None:
     """Put simulated Ascend devices under this process and those that it starts; before torch_npu is imported.
 
@@ -51,6 +55,9 @@ def install(
     cann:          version of CANN that torch_npu is told. Default "8.5.0".
     check_streams: raise where two streams, or a stream and the host, touch the same bytes unordered. Default True.
     delay_us:      how late queued copies and collectives run, in microseconds. Default 0.
+    float64:       cast to float64 and compute in it, fused kernels too, as no card does: rounding then no longer hides
+                   a difference from one process. Default False. True makes the chip an Ascend950, the first for which
+                   torch_npu lets HCCL reduce float64.
 
     The first call on a machine builds the libraries (a minute). A second call with the same arguments does nothing.
     Raises SimulatorError when torch_npu is already there or other arguments are in force; BuildError when the
@@ -63,9 +70,12 @@ def install(
         "cann": cann,
         "check_streams": check_streams,
         "delay_us": delay_us,
+        "float64": float64,
     }
     wanted = {name: _text(value) for name, value in asked.items() if value is not None}
     _check(devices, memory_gib)
+    if float64 and soc is None and not os.environ.get(SETTINGS["soc"][0]):
+        wanted["soc"] = _SOC_FOR_FLOAT64
     if installed():
         _refuse_other(wanted)
     elif "torch_npu" in sys.modules:
@@ -75,9 +85,13 @@ def install(
             "`python -m ascend_sim run`."
         )
     else:
+        settings = {
+            variable: wanted.get(name) or os.environ.get(variable) or default
+            for name, (variable, default) in SETTINGS.items()
+        }
+        _check_float64(settings)
         folder = build.libraries()
-        for name, (variable, default) in SETTINGS.items():
-            os.environ[variable] = wanted.get(name) or os.environ.get(variable) or default
+        os.environ.update(settings)
         os.environ[hook.LIBRARIES] = str(folder)
         _prepend("LD_LIBRARY_PATH", str(folder))
         _prepend("PYTHONPATH", str(SITE))
@@ -90,7 +104,7 @@ def after_torch_npu() -> None:
     import torch
 
     torch.ops.load_library(os.path.join(os.environ[hook.LIBRARIES], "libascend_sim_operators.so"))
-    torch.ops.ascend_sim.install()
+    torch.ops.ascend_sim.install(os.environ.get(SETTINGS["float64"][0]) == "1")
     from ascend_sim import operators
 
     operators.register()
@@ -109,6 +123,15 @@ def _check(devices: int | None, memory_gib: float | None) -> None:
         raise SimulatorError(f"devices={devices} cannot be simulated: choose 1 to {MOST_DEVICES}.")
     if memory_gib is not None and not 0 < memory_gib <= 1024:
         raise SimulatorError(f"memory_gib={memory_gib} cannot be simulated: choose more than 0 and at most 1024.")
+
+
+def _check_float64(settings: dict[str, str]) -> None:
+    soc = settings[SETTINGS["soc"][0]]
+    if settings[SETTINGS["float64"][0]] == "1" and not soc.startswith(_SOCS_WITH_FLOAT64):
+        raise SimulatorError(
+            f"float64 cannot be simulated with soc={soc}: there torch_npu refuses float64 collectives. Leave soc "
+            f"out, or choose one of the {_SOCS_WITH_FLOAT64}, such as {_SOC_FOR_FLOAT64}."
+        )
 
 
 def _refuse_other(wanted: dict[str, str]) -> None:

@@ -125,19 +125,23 @@ def _keep_writing() -> None:
 
 
 _writing = threading.Lock()
+# A process that works for several runs has a rank while it does, and none when it ends.
+_last_rank: str | None = None
 
 
 def write() -> None:
     """Write this process's file of the report now."""
+    global _last_rank
     folder = os.environ.get(REPORT_DIR)
     if not folder:
         return
     with _writing:
+        _last_rank = os.environ.get("RANK", os.environ.get("LOCAL_RANK", _last_rank))
         os.makedirs(folder, exist_ok=True)
         path = os.path.join(folder, f"{os.getpid()}.json")
         content = {
             "pid": os.getpid(),
-            "rank": os.environ.get("RANK", os.environ.get("LOCAL_RANK")),
+            "rank": _last_rank,
             "command": sys.argv,
             "started": _started,
             "written": time.time(),

@@ -12,7 +12,6 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from datetime import timedelta
 from math import isfinite
 from typing import Any
 
@@ -30,7 +29,7 @@ from lightning_npu_tp.host_memory import HostPeak
 from lightning_npu_tp.layout import Groups, Layout, Meshes
 from lightning_npu_tp.prove import BOUNDS as PROVEN
 from lightning_npu_tp.testing.reference import float64_reference, relative_difference
-from lightning_npu_tp.testing.sharded import moe_blocks, own_rows
+from lightning_npu_tp.testing.sharded import moe_blocks, open_group, own_rows
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 # The first two as `prove`'s, and for its reasons. bfloat16 keeps 8 bits: every operation rounds by up to 4e-3, and
@@ -89,9 +88,7 @@ class RankAnswer:
 def run_rank(rank: int, world_size: int, request: Request) -> RankAnswer:
     """Convert, load, and run a few forward and backward passes; called without a process group."""
     on, runtime = request.device_type, devices.torch_module(request.device_type)
-    device = torch.device(on) if on == "cpu" else torch.device(on, rank)
-    runtime.set_device(device)
-    dist.init_process_group(devices.backend_for(on), timeout=timedelta(seconds=request.timeout + 10))
+    device = open_group(on, rank, request.timeout + 10)
     answer = RankAnswer()
     with HostPeak() as peak:
         try:
@@ -152,9 +149,7 @@ def _step(request: Request, model: Any, meshes: Meshes, answer: RankAnswer, *, f
     answer.forward.append(turned - begun)
     answer.backward.append(time.perf_counter() - turned)
     if first:
-        loss = (
-            output.loss.detach().float() / layout.data if device.type != "cpu" else output.loss.detach() / layout.data
-        )
+        loss = output.loss.detach() / layout.data
         if layout.data > 1:
             dist.all_reduce(loss, group=meshes.data_group)
         answer.loss, answer.rows = loss.item(), rows

@@ -45,7 +45,11 @@ def prove(
     recompute: Annotated[str, typer.Option(help="none, moe or block")] = "none",
     dispatch: Annotated[str, typer.Option(help="auto, replicated or all_to_all")] = "auto",
     data_parallel: Annotated[str, typer.Option(help="shard or replicate")] = "shard",
-    dtype: Annotated[str, typer.Option(help="of the ranks: float64 (bound 1e-10) or float32 (1e-3)")] = "float64",
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="of the ranks: float64 (bound 1e-10) or float32 (1e-3); the widest that the device has"),
+    ] = None,
+    device: Annotated[str, typer.Option(help="of the ranks: cpu, cuda, npu or auto")] = "cpu",
     families: Annotated[list[str] | None, typer.Option(help="your ModelFamily, as package.module:NAME")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="write the numbers to this file")] = None,
     timeout: Annotated[float, typer.Option(help="seconds that the ranks may take")] = 600.0,
@@ -54,9 +58,10 @@ def prove(
     """Show that a layout computes what one process computes.
 
     Makes the model small, trains three steps in DATA x TENSOR processes on this machine, and compares loss,
-    logits, every gradient, clip norm, expert counts and parameters with transformers in one process.
+    logits, every gradient, clip norm, expert counts and parameters with transformers in one process on the CPU.
     """
     try:
+        from lightning_npu_tp import checking
         from lightning_npu_tp import prove as proving
         from lightning_npu_tp.convert import Options
         from lightning_npu_tp.layout import Layout
@@ -73,13 +78,15 @@ def prove(
             recompute=recompute,  # type: ignore[arg-type]
             data_parallel=data_parallel,  # type: ignore[arg-type]
         )
+        on = checking.device_type(device, layout.world)
         proof = proving.prove(
             read_model_config(model),
             layout,
             options,
-            dtype=dtype,
+            dtype=dtype or proving.widest(on),
             families=families or [],
             broken=broken,
+            device=on,
             timeout=timeout,
         )
         if json_file is not None:
@@ -99,9 +106,8 @@ def prove(
 def proof_table(proof: Any) -> Table:
     """A row per number and per sharding rule, with the worst relative differences and a verdict."""
     sizes = proof.layout
-    table = Table(
-        title=f"{proof.family}: data {sizes.data} x tensor {sizes.tensor}, experts over {sizes.expert}, {proof.dtype}"
-    )
+    split = f"data {sizes.data} x tensor {sizes.tensor}, experts over {sizes.expert}"
+    table = Table(title=f"{proof.family}: {split}, {proof.dtype} on {proof.device}")
     for column in ("number or rule", "split", "value or gradient", f"after {proof.steps} steps", "worst in", ""):
         table.add_column(column, overflow="fold")
     for check in proof.checks:

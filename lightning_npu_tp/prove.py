@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from lightning_npu_tp.convert import Options, check_sizes
+from lightning_npu_tp.device import supported_precisions
 from lightning_npu_tp.errors import ConfigError, ConversionError
 from lightning_npu_tp.families.family import ModelFamily
 from lightning_npu_tp.families.registry import FAMILIES, family_named
@@ -32,7 +33,7 @@ from lightning_npu_tp.testing.breaking import BrokenRegion
 from lightning_npu_tp.testing.models import ReferenceStep, random_batch, reference_model
 from lightning_npu_tp.testing.ranks import run_ranks
 from lightning_npu_tp.testing.reference import float64_reference, relative_difference
-from lightning_npu_tp.testing.sharded import ShardedRun, Training, compare, train_alone, train_sharded
+from lightning_npu_tp.testing.sharded import CPU, ShardedRun, Training, compare, open_group, train_alone, train_sharded
 
 # float64: additions in another order, a few thousand per element, leave 1e-13; a real mistake 1e-3 and more.
 # float32: the ranks round 6e-8 per operation and the one process does not; 1e-6 was seen for gradients and 3e-5 for
@@ -92,6 +93,7 @@ class Proof:
     config: Any
     bound: float
     dtype: str
+    device: str
     steps: int
     checks: list[Check]
     left_out: int = 0
@@ -130,6 +132,7 @@ class Proof:
             "recompute": self.options.recompute,
             "data_parallel": self.options.data_parallel,
             "dtype": self.dtype,
+            "device": self.device,
             "steps": self.steps,
             "bound": self.bound,
             "passed": not self.failed,
@@ -274,6 +277,8 @@ def run_rank(
     dtype: str,
     families: Sequence[str],
     broken: str | None,
+    *,
+    device: torch.device = CPU,
 ) -> tuple[ShardedRun, int]:
     """One rank's run, and how many of its collectives were left out."""
     made: list[BrokenRegion] = []
@@ -289,8 +294,18 @@ def run_rank(
         more["dtype"] = _DTYPES[dtype]
     if families:
         more["families"] = load_families(families)
-    run = train_sharded(rank, world_size, training, layout, options, **more)
+    run = train_sharded(rank, world_size, training, layout, options, device=device, **more)
     return run, sum(region.num_left_out for region in made)
+
+
+def widest(device_type: str) -> str:
+    """The key of BOUNDS that proves most on the device."""
+    return "float64" if "64-true" in supported_precisions(device_type) else "float32"
+
+
+def start_rank(rank: int, world_size: int, device_type: str, timeout: float, *arguments: Any) -> tuple[ShardedRun, int]:
+    """Start the process group of `device_type`, then `run_rank` with the rest of the arguments."""
+    return run_rank(rank, world_size, *arguments, device=open_group(device_type, rank, timeout))
 
 
 def examine(
@@ -301,6 +316,7 @@ def examine(
     dtype: str = "float64",
     families: Sequence[str] = (),
     broken: str | None = None,
+    device: str = "cpu",
     run: Callable[..., list[Any]] = run_ranks,
     timeout: float = 600.0,
 ) -> Proof:
@@ -310,7 +326,8 @@ def examine(
         raise ConfigError(f"--break {broken} is not a rule of this model's plan. Use one of {', '.join(patterns)}.")
     training = problem.training
     arguments = (training, layout, options, dtype, list(families), broken)
-    results = run(run_rank, layout.world, *arguments, timeout=timeout)
+    # The group's own time-out comes after the call's, which says where each rank stands.
+    results = run(start_rank, layout.world, device, timeout + 10, *arguments, timeout=timeout, backend=None)
     checks = [Check(name) for name in ("loss", "logits", "clip norm")]
     if problem.counts is not None:
         checks.append(Check("expert counts"))
@@ -328,6 +345,7 @@ def examine(
         config=training.config,
         bound=BOUNDS[dtype],
         dtype=dtype,
+        device=device,
         steps=training.steps,
         checks=checks,
         left_out=sum(number for _, number in results),
@@ -379,6 +397,7 @@ def prove(
     dtype: str = "float64",
     families: Sequence[str] = (),
     broken: str | None = None,
+    device: str = "cpu",
     steps: int = 3,
     run: Callable[..., list[Any]] = run_ranks,
     timeout: float = 600.0,
@@ -387,6 +406,7 @@ def prove(
 
     dtype:    of the ranks' parameters and arithmetic, a key of BOUNDS; one process always computes in float64.
     families: the user's own, as "package.module:NAME"; each rank imports them.
+    device:   type of the ranks' devices, as many as the layout has ranks; their fused kernels are used.
     broken:   pattern of a sharding rule whose collectives are left out.
     run:      starts the ranks, as `run_ranks`.
     timeout:  seconds for the ranks.
@@ -396,9 +416,21 @@ def prove(
     """
     if dtype not in BOUNDS:
         raise ConfigError(f"--dtype {dtype} cannot be proven. Use one of {list(BOUNDS)}.")
+    if dtype == "float64" and widest(device) != dtype:
+        raise ConfigError(f"--dtype {dtype} cannot be computed on {device}. Use --dtype {widest(device)}.")
     options = options or Options()
     resolve_dispatch(layout, options.dispatch)
     own = load_families(families)
     check_layout(config, layout, own)
     problem = Problem.of(shrink(config, layout), layout, families=own, steps=steps, reshard=broken is None)
-    return examine(problem, layout, options, dtype=dtype, families=families, broken=broken, run=run, timeout=timeout)
+    return examine(
+        problem,
+        layout,
+        options,
+        dtype=dtype,
+        families=families,
+        broken=broken,
+        device=device,
+        run=run,
+        timeout=timeout,
+    )

@@ -11,6 +11,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -135,12 +136,14 @@ def rehearse(
     devices: int,
     memory_gib: float | None = None,
     soc: str | None = None,
+    float64: bool = False,
     faults: Iterable[str] = (),
     report_dir: Path | None = None,
 ) -> Rehearsal:
     """Run the command under the simulated card and add up what its processes report.
 
-    devices, memory_gib, soc: as of `ascend_sim.install`. faults: as in `ascend_sim/faults.py`.
+    command: a name without a folder is looked for beside this Python first: `python` is this one.
+    devices, memory_gib, soc, float64: as of `ascend_sim.install`. faults: as in `ascend_sim/faults.py`.
     report_dir: where the reports stay; a temporary folder by default. Must hold no reports yet.
     Raises ConfigError when the simulator or the command cannot be started; the run's own failure is its exit code.
     """
@@ -152,7 +155,7 @@ def rehearse(
             raise ConfigError(
                 f"--report-dir {folder} holds reports of another run. Name a new folder, or an empty one."
             )
-        environment = _environment(folder, devices, memory_gib, soc, list(faults))
+        environment = _environment(folder, devices, memory_gib, soc, float64, list(faults))
         try:
             run = subprocess.Popen(list(command), env=environment)
         except OSError as error:
@@ -165,7 +168,7 @@ def rehearse(
 
 
 def _environment(
-    folder: Path, devices: int, memory_gib: float | None, soc: str | None, faults: list[str]
+    folder: Path, devices: int, memory_gib: float | None, soc: str | None, float64: bool, faults: list[str]
 ) -> dict[str, str]:
     import ascend_sim
 
@@ -174,8 +177,10 @@ def _environment(
         if faults:
             os.environ[_FAULTS] = ";".join([*filter(None, [os.environ.get(_FAULTS)]), *faults])
         # The environment is what a child inherits the card by; this process only hands it on.
-        ascend_sim.install(devices, memory_gib, soc)
-        return {**os.environ, _REPORT_DIR: str(folder.resolve()), _TRACE_SYNCS: "1"}
+        ascend_sim.install(devices, memory_gib, soc, float64=float64 or None)
+        # The environment need not be activated: another Python would not have this one's torch_npu.
+        path = os.pathsep.join(filter(None, (os.path.dirname(sys.executable), os.environ.get("PATH"))))
+        return {**os.environ, "PATH": path, _REPORT_DIR: str(folder.resolve()), _TRACE_SYNCS: "1"}
     except (ascend_sim.BuildError, ascend_sim.SimulatorError, ValueError) as error:
         raise ConfigError(f"The simulated card cannot be made: {error}") from error
     finally:

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <type_traits>
 
@@ -123,6 +124,11 @@ bool can_reduce(int dtype, int op) {
   switch (dtype) {
     case kInt8: case kInt32: case kInt64: case kFp16: case kFp32: return true;
     case kInt16: case kBf16: return op != kProd;
+    case kUint64: case kFp64: {
+      // As torch_npu has it in ProcessGroupHCCL.cpp: from the Ascend950 on.
+      const char* soc = std::getenv("ASCEND_SIM_SOC");
+      return soc && !std::strncmp(soc, "Ascend950", 9);
+    }
     default: return false;
   }
 }
@@ -135,6 +141,8 @@ void reduce(char* to, const char* const* parts, size_t num_parts, size_t count, 
     case kInt64: return reduce_by<Plain<int64_t>>(to, parts, num_parts, count, op);
     case kFp16: return reduce_by<Fp16>(to, parts, num_parts, count, op);
     case kBf16: return reduce_by<Bf16>(to, parts, num_parts, count, op);
+    case kUint64: return reduce_by<Plain<uint64_t>>(to, parts, num_parts, count, op);
+    case kFp64: return reduce_by<Plain<double>>(to, parts, num_parts, count, op);
     default: return reduce_by<Plain<float>>(to, parts, num_parts, count, op);
   }
 }

@@ -399,6 +399,16 @@ void copy(const OperatorHandle& op, DispatchKeySet keys, Stack* stack) {
   raise_misuse();
 }
 
+// torch_npu's own _to_copy, which gives float32 where float64 is asked for by the dtype alone. With the device named as
+// well, it gives what is asked for.
+void to_copy(const OperatorHandle& op, DispatchKeySet keys, Stack* stack) {
+  IValue &dtype = torch::jit::peek(*stack, 1, 7), &device = torch::jit::peek(*stack, 3, 7);
+  if (dtype.isInt() && c10::ScalarType(dtype.toInt()) == c10::ScalarType::Double && device.isNone()) {
+    device = torch::jit::peek(*stack, 0, 7).toTensor().device();
+  }
+  own_kernels().at("aten::_to_copy").callBoxed(op, keys, stack);
+}
+
 // torch_npu brings autograd kernels of its own for some aten operators, whose backwards call operators of CANN.
 // torch's own formulas are taken instead.
 void stock_autograd(const OperatorHandle& op, DispatchKeySet keys, Stack* stack) {
@@ -420,7 +430,7 @@ std::vector<std::unique_ptr<torch::Library>>& libraries() {
 
 bool is_aten(const c10::OperatorName& name) { return name.name.rfind("aten::", 0) == 0; }
 
-int64_t install() {
+int64_t install(bool float64) {
   if (!libraries().empty()) return 0;
   auto& dispatcher = c10::Dispatcher::singleton();
   auto kernels = std::make_unique<torch::Library>(torch::Library::IMPL, "aten", DispatchKey::PrivateUse1, __FILE__,
@@ -432,14 +442,16 @@ int64_t install() {
   for (const auto& name : dispatcher.getRegistrationsForDispatchKey(DispatchKey::PrivateUse1)) {
     std::string full = full_name(name);
     registered.insert(full);
-    if (!is_aten(name) || kKept.count(full.substr(6))) continue;
+    bool is_to_copy = float64 && full == "aten::_to_copy";
+    if (!is_aten(name) || (kKept.count(full.substr(6)) && !is_to_copy)) continue;
     auto op = dispatcher.findSchema(name);
     // A kernel whose operator this torch does not have.
     if (!op) continue;
     own_kernels().emplace(full, op->getComputedKernelForDispatchKey(DispatchKey::PrivateUse1));
     bool is_copy = full == "aten::copy_";
-    kernels->impl(full.c_str() + 6, is_copy ? torch::CppFunction::makeFromBoxedFunction<&copy>()
-                                            : torch::CppFunction::makeFromBoxedFunction<&compute>());
+    kernels->impl(full.c_str() + 6, is_copy      ? torch::CppFunction::makeFromBoxedFunction<&copy>()
+                                    : is_to_copy ? torch::CppFunction::makeFromBoxedFunction<&to_copy>()
+                                                 : torch::CppFunction::makeFromBoxedFunction<&compute>());
     ++count;
   }
   for (const auto& name : dispatcher.getRegistrationsForDispatchKey(DispatchKey::AutogradPrivateUse1)) {
@@ -494,6 +506,6 @@ void before_kernel(const std::string& name, at::TensorList reads, at::TensorList
 }  // namespace
 
 TORCH_LIBRARY(ascend_sim, library) {
-  library.def("install() -> int", &install);
+  library.def("install(bool float64) -> int", &install);
   library.def("before_kernel(str name, Tensor[] reads, Tensor[] writes) -> ()", &before_kernel);
 }

@@ -22,7 +22,10 @@ from torch.utils import _pytree as pytree
 from ascend_sim import hook
 from ascend_sim.faults import OPERATOR_REFUSED
 
-FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+_FLOAT64 = os.environ.get("ASCEND_SIM_FLOAT64") == "1"
+# The kernels' floating dtypes: a card's, and float64 where `install` was asked for it. It is decided before torch_npu
+# is imported, and with it this module.
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, *((torch.float64,) if _FLOAT64 else ()))
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ def rehearse(
     devices: Annotated[int, typer.Option("-n", "--devices", help="simulated cards")] = 4,
     memory_gib: Annotated[float | None, typer.Option(help="memory of each card, in GiB [64]")] = None,
     soc: Annotated[str | None, typer.Option(help="name of the chip [Ascend910B3]")] = None,
+    float64: Annotated[bool, typer.Option("--float64", help="cards that compute in float64 too")] = False,
     fault: Annotated[list[str] | None, typer.Option(help="a fault on purpose, see docs/simulator.md")] = None,
     strict: Annotated[bool, typer.Option("--strict", help="exit with 1 for operators that ran on the CPU")] = False,
     top: Annotated[int, typer.Option(help="how many places of host waits to list")] = 10,
@@ -36,7 +37,13 @@ def rehearse(
     """
     try:
         rehearsal = run_rehearsal(
-            command, devices=devices, memory_gib=memory_gib, soc=soc, faults=fault or (), report_dir=report_dir
+            command,
+            devices=devices,
+            memory_gib=memory_gib,
+            soc=soc,
+            float64=float64,
+            faults=fault or (),
+            report_dir=report_dir,
         )
         if json_file is not None:
             json_file.write_text(json.dumps(rehearsal.as_json(), indent=2) + "\n")

@@ -12,6 +12,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from lightning_npu_tp.device import npu_has_float64
+
 log = logging.getLogger(__name__)
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -39,7 +41,8 @@ def common_limits(*tensors: Tensor) -> Iterable[tuple[bool, str]]:
     """Limits of every operator: on the device, of a supported dtype, not empty."""
     for tensor in tensors:
         yield tensor.device.type == "npu", f"a tensor lies on {tensor.device.type}"
-        yield tensor.dtype in FLOATS, f"{str(tensor.dtype).removeprefix('torch.')} is not supported"
+        known = tensor.dtype in FLOATS or (tensor.dtype == torch.float64 and npu_has_float64())
+        yield known, f"{str(tensor.dtype).removeprefix('torch.')} is not supported"
         # Ranks without tokens; the fused operators refuse empty tensors or leave open what they do.
         yield tensor.numel() > 0, "a tensor without elements is not supported"
 

@@ -12,6 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from lightning_npu_tp import device as devices
 from lightning_npu_tp import kernels
 from lightning_npu_tp.checkpoint import training_state
 from lightning_npu_tp.clipping import clip_grad_norm_, total_grad_norm
@@ -81,9 +83,23 @@ class ShardedRun:
     resharded: tuple[float, str] | None = None
 
 
+CPU = torch.device("cpu")
+
+
+def open_group(device_type: str, rank: int, timeout: float) -> torch.device:
+    """Bind this process to its device and start the default process group there; the environment names the others.
+
+    timeout: of its collectives, in seconds. Returns the device.
+    """
+    device = CPU if device_type == "cpu" else torch.device(device_type, rank)
+    devices.torch_module(device_type).set_device(device)
+    dist.init_process_group(devices.backend_for(device_type), timeout=timedelta(seconds=timeout))
+    return device
+
+
 def whole(tensor: Tensor) -> Tensor:
-    """A DTensor gathered, anything else as it is."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    """A DTensor gathered, anything else as it is; on the CPU."""
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
 
 
 def sharded_model(
@@ -93,20 +109,21 @@ def sharded_model(
     *,
     dtype: torch.dtype | None = None,
     families: Sequence[ModelFamily] = (),
+    device: torch.device = CPU,
 ) -> tuple[Any, Meshes]:
-    """The reference model converted for `layout` on the CPU; every rank of the default group calls it.
+    """The reference model converted for `layout`; every rank of the default group calls it.
 
-    dtype: None keeps float64. families: beside the built-in ones.
+    dtype: None keeps float64. families: beside the built-in ones. device: of this rank.
     """
     # Other weights on the other ranks: rank 0's must reach them.
     model = reference_model(config, seed=0 if dist.get_rank() == 0 else 99)
-    meshes = Meshes.build(layout, "cpu")
+    meshes = Meshes.build(layout, device.type)
     convert(
         model,
         meshes=meshes,
         groups=Groups(meshes),
-        kernels=kernels.select("cpu"),
-        device=torch.device("cpu"),
+        kernels=kernels.select(device.type),
+        device=device,
         families=families,
         dtype=dtype,
         seed=0,
@@ -142,19 +159,22 @@ def train_sharded(
     *,
     dtype: torch.dtype | None = None,
     families: Sequence[ModelFamily] = (),
+    device: torch.device = CPU,
 ) -> ShardedRun:
     """Train on this rank's part of `layout`; see `Training`, `ShardedRun` and `sharded_model`."""
     # It says of every gathered parameter that two gathers are slower than one; nothing here is in a hurry.
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
-    model, meshes = sharded_model(training.config, layout, options, dtype=dtype, families=families)
+    model, meshes = sharded_model(training.config, layout, options, dtype=dtype, families=families, device=device)
     parameters = dict(model.named_parameters())
     optimizer = _optimizer(model, training)
     run, blocks = ShardedRun(), moe_blocks(model)
+    wide = torch.float64 if "64-true" in devices.supported_precisions(device.type) else torch.float32
     for step in range(training.steps):
         optimizer.zero_grad()
-        loss = torch.zeros((), dtype=torch.float64)
+        loss = torch.zeros((), dtype=wide, device=device)
         for number, batch in enumerate(training.batches):
             rows, mine = own_rows(batch, rank // layout.tensor, layout.data)
+            mine = {name: value.to(device) for name, value in mine.items()}
             reduce_gradients(model, number == len(training.batches) - 1)
             # Gradients are averaged over the data ranks.
             output = model(**mine, num_items_in_batch=training.tokens / layout.data, gather_logits=True)
@@ -166,23 +186,24 @@ def train_sharded(
             loss += total.detach() / layout.data
             if step == 0:
                 run.rows.append(rows)
-                run.logits.append(output.logits.detach())
+                run.logits.append(output.logits.detach().cpu())
         if layout.data > 1:
             dist.all_reduce(loss, group=meshes.data_group)
-        run.losses.append(loss)
+        run.losses.append(loss.cpu())
         if step == 0:
             run.gradients = {name: whole(gradient(p)).clone() for name, p in parameters.items()}
-            run.grad_norm = total_grad_norm(list(parameters.values()))
+            run.grad_norm = total_grad_norm(list(parameters.values())).cpu()
             if blocks:
-                run.tokens_per_expert = torch.stack([block.pending_tokens_per_expert for block in blocks])
-                dist.all_reduce(run.tokens_per_expert)
+                counts = torch.stack([block.pending_tokens_per_expert for block in blocks])
+                dist.all_reduce(counts)
+                run.tokens_per_expert = counts.cpu()
         if training.clip_norm is not None:
             clip_grad_norm_(list(parameters.values()), training.clip_norm)
         optimizer.step()
     run.parameters = {name: whole(p.detach()) for name, p in parameters.items()}
     if training.reshard:
         other = other_layout(model, layout, families)
-        copy, _ = sharded_model(training.config, other, dtype=dtype, families=families)
+        copy, _ = sharded_model(training.config, other, dtype=dtype, families=families, device=device)
         run.resharded = _through_a_checkpoint(model, optimizer, copy, _optimizer(copy, training))
     dist.barrier()
     return run

@@ -12,6 +12,11 @@ import pytest
 import torch
 from cards import FLOAT32, LOSSES, Fit, distance, fit
 
+from lightning_npu_tp.convert import Options
+from lightning_npu_tp.layout import Layout
+from lightning_npu_tp.prove import prove, widest
+from lightning_npu_tp.testing.models import tiny_deepseek_v2_config
+
 # torch_npu's own deepcopy of a tensor asks torch for what torch has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
 
@@ -96,3 +101,15 @@ def out_of_memory(rank: int, world_size: int, device_type: str) -> str:
 def test_memory_that_does_not_suffice_is_explained(card, on_ranks):
     (text,) = on_ranks(out_of_memory, 1, card, backend=None, timeout=120)
     assert text.startswith("OutOfMemory: ") and "This rank held: weights" in text, text
+
+
+def test_one_card_is_proven(card: str, on_ranks: Any) -> None:
+    """Gradients and three steps against transformers: to float64's last digits on CUDA, in float32 on an Ascend."""
+    proof = prove(tiny_deepseek_v2_config(), Layout(1, 1, 1), dtype=widest(card), device=card, run=on_ranks)
+    assert not proof.failed and 0 < proof.worst.difference, proof.headline()
+
+
+def test_a_layout_on_several_cards_is_proven(card: str, several: int, on_ranks: Any) -> None:
+    layout, options = Layout(several // 2, 2, several), Options(sequence_parallel=True)
+    proof = prove(tiny_deepseek_v2_config(), layout, options, dtype=widest(card), device=card, run=on_ranks)
+    assert not proof.failed and 0 < proof.worst.difference, proof.headline()

@@ -85,6 +85,20 @@ def test_a_second_install_with_other_arguments_is_refused() -> None:
         ascend_sim.install(devices=17)
 
 
+def test_float64_needs_a_chip_that_reduces_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("ASCEND_SIM_LIBRARIES", "ASCEND_SIM_SOC"):
+        monkeypatch.delenv(name)
+    monkeypatch.delitem(sys.modules, "torch_npu")
+    with pytest.raises(ascend_sim.SimulatorError, match=r"soc=Ascend910B3.*Leave soc out.*Ascend950PR_9599"):
+        ascend_sim.install(soc="Ascend910B3", float64=True)
+    show = "import os; print(os.environ['ASCEND_SIM_SOC'], os.environ['ASCEND_SIM_FLOAT64'])"
+    for arguments, soc in ((["--float64"], "Ascend950PR_9599"), (["--float64", "--soc", "Ascend950"], "Ascend950")):
+        ended = python("-m", "ascend_sim", "run", *arguments, "-c", show)
+        assert ended.stdout.split() == [soc, "1"], ended.stderr
+    ended = python("-m", "ascend_sim", "run", "-c", show)
+    assert ended.stdout.split() == ["Ascend910B3", "0"], ended.stderr
+
+
 def test_run_passes_arguments_and_the_exit_code_through_and_imports_no_torch(tmp_path: Path) -> None:
     (tmp_path / "job.py").write_text(
         "import os, sys\nassert 'torch' not in sys.modules\nprint(sys.argv[1:], os.environ['ASCEND_SIM_DEVICES'])\n"
@@ -121,11 +135,14 @@ def test_another_sitecustomize_still_runs(tmp_path: Path) -> None:
 def test_each_process_leaves_its_report(tmp_path: Path, leave: str) -> None:
     program = "import os, sys, time, torch, torch_npu; torch.ones(9, device='npu:1').sum().item()\n"
     env = {**os.environ, "ASCEND_SIM_REPORT_DIR": str(tmp_path)}
-    # One that is killed leaves what it did up to its last second.
-    wait = "time.sleep(1.5)\n" if "kill" in leave else ""
+    # Written each second, which is all that one leaves that is killed.
+    wait = "os.environ['RANK'] = '3'; time.sleep(1.5); del os.environ['RANK']; time.sleep(1.5)\n"
     python("-c", program + wait + leave, env=env)
     (file,) = tmp_path.glob("*.json")
-    counters = json.loads(file.read_text())["counters"]
+    report = json.loads(file.read_text())
+    # The rank that it had is not forgotten when it has none any more.
+    assert report["rank"] == "3"
+    counters = report["counters"]
     assert counters["operator.aten::sum"] == 1 and counters["sync.aten::_local_scalar_dense"] == 1
     assert counters["memory.peak.1"] >= 2 << 20 and "memory.peak.0" not in counters
 

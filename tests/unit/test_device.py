@@ -86,6 +86,15 @@ def test_every_device_computes_in_every_precision_but_npus_in_float64():
     assert set(device.supported_precisions("cpu")) == everywhere | {"64-true"}
 
 
+def test_only_simulated_cards_that_were_asked_for_float64_have_it(monkeypatch):
+    for libraries, wide, has in (("/built", "1", True), ("/built", "0", False), (None, "1", False)):
+        monkeypatch.setenv("ASCEND_SIM_FLOAT64", wide)
+        monkeypatch.delenv("ASCEND_SIM_LIBRARIES", raising=False)
+        if libraries:
+            monkeypatch.setenv("ASCEND_SIM_LIBRARIES", libraries)
+        assert ("64-true" in device.supported_precisions("npu")) is has
+
+
 def test_the_stand_in_for_the_cpu_has_what_the_runtimes_have():
     cpu = device.torch_module("cpu")
     cpu.empty_cache()

@@ -5,6 +5,8 @@ line that starts processes for a layout that cannot be, or that tells a user's m
 from __future__ import annotations
 
 import json
+import runpy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,8 @@ from transformers import (
 )
 from typer.testing import CliRunner
 
+from lightning_npu_tp import checking
+from lightning_npu_tp import prove as proving
 from lightning_npu_tp.cli import app, read_model_config
 from lightning_npu_tp.convert import Options
 from lightning_npu_tp.errors import ConfigError
@@ -125,6 +129,8 @@ def test_batches_divide_by_nothing() -> None:
         (["--tensor", "2", "--expert", "3"], ["expert_parallel_size=3"]),
         (["--tensor", "0"], ["--tensor 0"]),
         (["--tensor", "2", "--dtype", "float16"], ["float16", "float64"]),
+        (["--tensor", "2", "--device", "tpu"], ["'tpu'", "'npu'"]),
+        (["--tensor", "2", "--device", "npu"], ["--device npu", "--device cpu"]),
         (["--tensor", "2", "--recompute", "all"], ["recompute='all'"]),
         (["--data", "2", "--expert", "2", "--dispatch", "replicated"], ["dispatch=replicated"]),
         (["--tensor", "2", "--families", "json:NONE"], ["json:NONE", "package.module:NAME"]),
@@ -138,6 +144,31 @@ def test_a_mistake_ends_with_one_line_and_code_2(arguments: list[str], expected:
     assert result.exit_code == 2, result.output
     (line,) = result.output.splitlines()
     assert line.startswith("error: ") and all(text in line for text in expected), line
+
+
+@pytest.mark.parametrize("device, dtype", [("cpu", "float64"), ("npu", "float32")])
+def test_the_widest_dtype_of_the_device_is_proven(monkeypatch: pytest.MonkeyPatch, device: str, dtype: str) -> None:
+    asked = {}
+
+    def prove(*args: Any, **kwargs: Any) -> Proof:
+        asked.update(kwargs)
+        return _proof(Check("a", "split", Worst(1e-14, "x"), Worst(2e-14, "y")))
+
+    monkeypatch.setattr(proving, "prove", prove)
+    monkeypatch.setattr(checking, "device_type", lambda asked, ranks: asked if ranks == 2 else "")
+    arguments = ["prove", "--model", V2_LITE, "--tensor", "2", "--device", device]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert (asked["device"], asked["dtype"]) == (device, dtype)
+    result = CliRunner().invoke(app, [*arguments, "--dtype", "float64"])
+    assert asked["dtype"] == "float64" and "float64 on cpu" in result.output
+
+
+def test_the_command_line_is_a_module_too(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["elsewhere", "prove", "--model", V2_LITE, "--tensor", "3"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("lightning_npu_tp", run_name="__main__")
+    assert ended.value.code == 2 and capsys.readouterr().err.startswith("error: ")
 
 
 def test_a_rule_that_is_not_in_the_plan_is_refused_with_those_that_are() -> None:
@@ -171,7 +202,7 @@ def test_families_are_imported_by_name() -> None:
 
 def _proof(*checks: Check) -> Proof:
     layout = Layout(1, 2, 2)
-    return Proof("some", layout, Options(), None, BOUNDS["float64"], "float64", 3, list(checks))
+    return Proof("some", layout, Options(), None, BOUNDS["float64"], "float64", "cpu", 3, list(checks))
 
 
 def test_the_verdict_looks_at_gradients_and_at_parameters() -> None:

@@ -1,5 +1,5 @@
 """The sums of a rehearsal. Catches a process that is not counted, traffic of groups mixed up, a failure reported as
-success, and an environment that stays changed."""
+success, another Python than this one, and an environment that stays changed."""
 
 from __future__ import annotations
 
@@ -96,8 +96,8 @@ def card(monkeypatch):
     """A stand-in for ascend_sim that notes what it was asked for; the real one needs torch_npu and a compiler."""
     asked = []
 
-    def install(devices, memory_gib, soc):
-        asked.append((devices, memory_gib, soc, os.environ.get("ASCEND_SIM_FAULTS")))
+    def install(devices, memory_gib, soc, *, float64):
+        asked.append((devices, memory_gib, soc, float64, os.environ.get("ASCEND_SIM_FAULTS")))
         os.environ["ASCEND_SIM_DEVICES"] = str(devices)
 
     stand_in = SimpleNamespace(install=install, BuildError=RuntimeError, SimulatorError=KeyError)
@@ -119,10 +119,16 @@ def test_the_command_runs_with_the_card_and_this_process_stays_without(card, tmp
     before = dict(os.environ)
     found = rehearsing.rehearse(child(text), devices=3, faults=["A:code=1", "B:code=2"], report_dir=tmp_path)
     assert dict(os.environ) == before
-    assert card == [(3, None, None, "A:code=1;B:code=2")]
+    assert card == [(3, None, None, None, "A:code=1;B:code=2")]
     assert (found.exit_code, found.processes[0].peaks) == (5, {0: 3})
     with pytest.raises(ConfigError, match="holds reports of another run"):
         rehearsing.rehearse(child("pass"), devices=3, report_dir=tmp_path)
+
+
+def test_python_is_this_one_though_its_environment_is_not_activated(card, monkeypatch):
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    text = f"import sys; sys.exit(int(sys.executable != {sys.executable!r}))"
+    assert rehearsing.rehearse(["python", "-c", text], devices=1).exit_code == 0
 
 
 def test_a_signal_is_handed_on_and_told_as_an_exit_code(card):
@@ -149,8 +155,10 @@ def test_the_command_line_takes_the_command_behind_two_dashes(card, monkeypatch,
     done = CliRunner().invoke(app, ["rehearse", "-n", "2", "--", *child("print('options of the run', '--json')")])
     assert done.exit_code == 1 and "no process used a simulated card" in done.output
     assert "options of the run --json" in capfd.readouterr().out
+    done = CliRunner().invoke(app, ["rehearse", "-n", "2", "--float64", "--", *child("pass")])
+    assert card == [(2, None, None, None, None), (2, None, None, True, None)], done.output
 
-    def refuse(devices, memory_gib, soc):
+    def refuse(devices, memory_gib, soc, *, float64):
         raise KeyError(f"devices={devices} cannot be simulated")
 
     monkeypatch.setattr(sys.modules["ascend_sim"], "install", refuse)
