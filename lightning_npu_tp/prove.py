@@ -3,8 +3,8 @@
 The user's model, made small (`shrink.py`), trains a few AdamW steps in as many processes as the layout has
 ranks, on the CPU or on cards, and once in this process as transformers' own float64 model. Every number
 of every rank is compared; gradients and parameters are told by the sharding rule that they fall under.
-Knows no command line and prints nothing. A checkpoint is loaded into another layout too. Balance losses, which transformers
-does not compute, are not compared.
+Knows no command line and prints nothing. A checkpoint is loaded into another layout too. Balance losses,
+which transformers does not compute, are not compared.
 """
 
 from __future__ import annotations
