@@ -74,8 +74,6 @@ def install(
     }
     wanted = {name: _text(value) for name, value in asked.items() if value is not None}
     _check(devices, memory_gib)
-    if float64 and soc is None and not os.environ.get(SETTINGS["soc"][0]):
-        wanted["soc"] = _SOC_FOR_FLOAT64
     if installed():
         _refuse_other(wanted)
     elif "torch_npu" in sys.modules:
@@ -85,11 +83,7 @@ def install(
             "`python -m ascend_sim run`."
         )
     else:
-        settings = {
-            variable: wanted.get(name) or os.environ.get(variable) or default
-            for name, (variable, default) in SETTINGS.items()
-        }
-        _check_float64(settings)
+        settings = _settings(wanted)
         folder = build.libraries()
         os.environ.update(settings)
         os.environ[hook.LIBRARIES] = str(folder)
@@ -125,9 +119,17 @@ def _check(devices: int | None, memory_gib: float | None) -> None:
         raise SimulatorError(f"memory_gib={memory_gib} cannot be simulated: choose more than 0 and at most 1024.")
 
 
-def _check_float64(settings: dict[str, str]) -> None:
-    soc = settings[SETTINGS["soc"][0]]
-    if settings[SETTINGS["float64"][0]] == "1" and not soc.startswith(_SOCS_WITH_FLOAT64):
+def _settings(wanted: dict[str, str]) -> dict[str, str]:
+    """The variables: what is wanted, else what the environment says, else the defaults, which float64 changes."""
+    given = {name: wanted.get(name) or os.environ.get(variable) for name, (variable, _) in SETTINGS.items()}
+    if given["float64"] == "1":
+        soc = given["soc"] = given["soc"] or _SOC_FOR_FLOAT64
+        _check_float64(soc)
+    return {variable: given[name] or default for name, (variable, default) in SETTINGS.items()}
+
+
+def _check_float64(soc: str) -> None:
+    if not soc.startswith(_SOCS_WITH_FLOAT64):
         raise SimulatorError(
             f"float64 cannot be simulated with soc={soc}: there torch_npu refuses float64 collectives. Leave soc "
             f"out, or choose one of the {_SOCS_WITH_FLOAT64}, such as {_SOC_FOR_FLOAT64}."

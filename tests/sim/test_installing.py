@@ -95,8 +95,9 @@ def test_float64_needs_a_chip_that_reduces_it(monkeypatch: pytest.MonkeyPatch) -
     for arguments, soc in ((["--float64"], "Ascend950PR_9599"), (["--float64", "--soc", "Ascend950"], "Ascend950")):
         ended = python("-m", "ascend_sim", "run", *arguments, "-c", show)
         assert ended.stdout.split() == [soc, "1"], ended.stderr
-    ended = python("-m", "ascend_sim", "run", "-c", show)
-    assert ended.stdout.split() == ["Ascend910B3", "0"], ended.stderr
+    for given, settings in ({"ASCEND_SIM_FLOAT64": "1"}, ["Ascend950PR_9599", "1"]), ({}, ["Ascend910B3", "0"]):
+        ended = python("-m", "ascend_sim", "run", "-c", show, env=clean_environment(**given))
+        assert ended.stdout.split() == settings, ended.stderr
 
 
 def test_run_passes_arguments_and_the_exit_code_through_and_imports_no_torch(tmp_path: Path) -> None:
