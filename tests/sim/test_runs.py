@@ -48,10 +48,11 @@ sys.exit(3)
 
 
 def test_a_rehearsal_sums_up_what_its_processes_did(tmp_path: Path) -> None:
-    program = "from lightning_npu_tp.cli import app; app()"
     sums = tmp_path / "sums.json"
-    done = run(
-        "-c", program, "rehearse", "-n", "4", "--json", str(sums), "--", sys.executable, "-c", PARENT, timeout=200
+    # As `make install-npu` and pip leave it, in an environment that is not activated.
+    command = [Path(sys.executable).parent / "lightning-npu-tp", "rehearse", "-n", "4", "--json", sums]
+    done = subprocess.run(
+        [*command, "--", "python", "-c", PARENT], cwd=ROOT, capture_output=True, text=True, timeout=200
     )
     assert done.returncode == 3, done.stdout + done.stderr
     told = json.loads(sums.read_text())
