@@ -2,10 +2,10 @@
 
     python -m ascend_sim run -n 2 -- benchmarks/memory_arithmetic.py --json benchmarks/results/memory_arithmetic.json
 
-Three models in three layouts, with the fused kernels and an even router, in the order of a trainer's step: forward
-pass with the last step's gradients still there, backward pass, AdamW. Runs on a card as well. The models are large
-enough that an allocator's rounding (up to a megabyte a tensor) is not what is measured, and shallow, since a simulated
-card computes on the host.
+Three models in three layouts and `MORE`, with the fused kernels and an even router, in the order of a trainer's step:
+forward pass with the last step's gradients still there, backward pass, AdamW. Runs on a card as well. The models are
+large enough that an allocator's rounding (up to a megabyte a tensor) is not what is measured, and shallow, since a
+simulated card computes on the host.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from lightning_npu_tp import kernels
 from lightning_npu_tp.activations import Shape, fused_by
 from lightning_npu_tp.convert import Options, convert, find_models
+from lightning_npu_tp.data_parallel import reduce_gradients
 from lightning_npu_tp.device import backend_for, torch_module
 from lightning_npu_tp.families.registry import FAMILIES
 from lightning_npu_tp.layout import Groups, Layout, Meshes, resolve_dispatch
@@ -107,6 +108,22 @@ LAYOUTS = {
     "tensor 2": Layout(1, 2, 2),
     "data 2": Layout(2, 1, 2),
 }
+# What else decides: experts that data ranks share, slices, replicas, recompute, micro-batches; model, layout, options.
+MORE: list[tuple[str, str, Layout, dict[str, Any]]] = [
+    ("mixture", "shared", Layout(2, 1, 1), {}),
+    ("mixture", "shared", Layout(2, 1, 1), {"recompute": "moe"}),
+    ("mixture", "shared", Layout(2, 1, 1), {"recompute": "block"}),
+    ("mixture", "shared", Layout(2, 1, 1), {"data_parallel": "replicate"}),
+    ("mixture", "shared", Layout(2, 1, 1), {"micro_batches": 2}),
+    ("mixture", "slices", Layout(1, 2, 2), {"sequence_parallel": True}),
+    ("mixture", "slices", Layout(1, 2, 2), {"sequence_parallel": True, "recompute": "block"}),
+    ("mixture", "one card", Layout(1, 1, 1), {"micro_batches": 2}),
+    ("long", "both", Layout(2, 2, 2), {}),
+    ("long", "both", Layout(2, 2, 4), {"sequence_parallel": True}),
+    ("dense", "data 2", Layout(2, 1, 2), {"data_parallel": "replicate"}),
+    ("dense", "data 2", Layout(2, 1, 2), {"recompute": "block"}),
+    ("dense", "data 2", Layout(2, 1, 2), {"micro_batches": 2}),
+]
 
 
 def measure(
@@ -118,7 +135,10 @@ def measure(
     dtype: torch.dtype = torch.float32,
     device_type: str = "npu",
 ) -> tuple[dict[str, int], dict[str, int]]:
-    """Bytes of this rank's peaks in a step, measured and by arithmetic."""
+    """Bytes of this rank's peaks in a step, measured and by arithmetic.
+
+    options: of `Options`, and micro_batches, whose gradients a step sums.
+    """
     architecture, values, batch, length = MODELS[name]
     module: Any = torch_module(device_type)
     module.set_device(rank)
@@ -132,7 +152,8 @@ def measure(
     config = AutoConfig.for_model(architecture, **values)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config).to(dtype)
-    chosen, how, meshes = kernels.select(device_type), Options(**options), Meshes.build(layout, device_type)
+    how, micro_batches = _options(options)
+    chosen, meshes = kernels.select(device_type), Meshes.build(layout, device_type)
     convert(
         model, meshes=meshes, groups=Groups(meshes), kernels=chosen, device=device, dtype=dtype, seed=0, options=how
     )
@@ -146,17 +167,22 @@ def measure(
         module.reset_peak_memory_stats()
         return int(most)
 
-    measured = {}
+    measured: dict[str, int] = {}
     for _ in range(2):
-        peak()
-        output = model(input_ids=ids, labels=ids)
-        loss = output.loss if output.aux_loss is None else output.loss + output.aux_loss
-        del output
-        measured["forward"] = peak()
-        optimizer.zero_grad()
-        loss.backward()
-        del loss
-        measured["backward"] = peak()
+        measured = {"forward": 0, "backward": 0}
+        for number in range(micro_batches):
+            reduce_gradients(model, number == micro_batches - 1)
+            peak()
+            output = model(input_ids=ids, labels=ids)
+            loss = output.loss if output.aux_loss is None else output.loss + output.aux_loss
+            del output
+            module.synchronize()
+            if number == 0:
+                optimizer.zero_grad()
+            measured["forward"] = max(measured["forward"], peak())
+            loss.backward()
+            del loss
+            measured["backward"] = max(measured["backward"], peak())
         optimizer.step()
         measured["optimizer"] = peak()
     predicted = predict(name, layout, options, dtype, device_type)
@@ -171,7 +197,7 @@ def predict(
 ) -> StepPeak:
     """The arithmetic for one of the models; needs no device."""
     architecture, values, batch, length = MODELS[name]
-    config, how = AutoConfig.for_model(architecture, **values), Options(**options)
+    config, (how, micro_batches) = AutoConfig.for_model(architecture, **values), _options(options)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     _, _, family = next(find_models(model, FAMILIES))
@@ -192,7 +218,14 @@ def predict(
         bytes_per_element=dtype.itemsize,
         data_parallel=how.data_parallel,
     )
-    return step_peak(held, shape, recompute=how.recompute)
+    return step_peak(held, shape, recompute=how.recompute, accumulates=micro_batches > 1)
+
+
+def _options(options: dict[str, Any]) -> tuple[Options, int]:
+    """Of the conversion, and the number of micro-batches."""
+    given = dict(options)
+    number = given.pop("micro_batches", 1)
+    return Options(**given), number
 
 
 def _choose_evenly(model: Any) -> None:
@@ -211,43 +244,47 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="*", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--layouts", nargs="*", choices=list(LAYOUTS), default=list(LAYOUTS))
+    parser.add_argument("--more", action="store_true", help="also what stands in MORE")
     parser.add_argument("--recompute", default="none")
     parser.add_argument("--sequence-parallel", action="store_true")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     options = {"recompute": arguments.recompute, "sequence_parallel": arguments.sequence_parallel}
+    cases = [(name, title, LAYOUTS[title], options) for name in arguments.models for title in arguments.layouts]
+    cases += [case for case in MORE if arguments.more and case[0] in arguments.models]
     figures = []
     print(
         f"{'model':8s} {'layout':9s} {'predicted MB':>13s} {'measured MB':>12s} {'ratio':>6s}  of each part of the step"
     )
-    for name in arguments.models:
-        for title in arguments.layouts:
-            layout, dtype = LAYOUTS[title], getattr(torch, arguments.dtype)
-            results = run_ranks(measure, layout.world, name, layout, options, dtype, timeout=580, backend=None)
-            # The fullest rank; the arithmetic is of rank 0, which never holds less.
-            measured = {part: max(result[0][part] for result in results) for part in results[0][0]}
-            predicted = results[0][1]
-            most, counted = max(measured.values()), max(predicted.values())
-            parts = ", ".join(f"{part} {predicted[part] / measured[part]:.3f}" for part in measured)
-            ratio = counted / most
-            print(f"{name:8s} {title:9s} {counted / 1e6:13.1f} {most / 1e6:12.1f} {ratio:6.3f}  {parts}", flush=True)
-            figures.append(
-                {
-                    "model": name,
-                    "layout": [layout.data, layout.tensor, layout.expert],
-                    "predicted": predicted,
-                    "measured": measured,
-                    "ratio": ratio,
-                }
-            )
+    for name, title, layout, how in cases:
+        dtype = getattr(torch, arguments.dtype)
+        results = run_ranks(measure, layout.world, name, layout, how, dtype, timeout=580, backend=None)
+        # The fullest rank; the arithmetic is of rank 0, which never holds less.
+        measured = {part: max(result[0][part] for result in results) for part in results[0][0]}
+        predicted = results[0][1]
+        most, counted = max(measured.values()), max(predicted.values())
+        parts = ", ".join(f"{part} {predicted[part] / measured[part]:.3f}" for part in measured)
+        ratio = counted / most
+        more = "" if how is options else f"  {how}"
+        print(f"{name:8s} {title:9s} {counted / 1e6:13.1f} {most / 1e6:12.1f} {ratio:6.3f}  {parts}{more}", flush=True)
+        figures.append(
+            {
+                "model": name,
+                "layout": [layout.data, layout.tensor, layout.expert],
+                "options": how,
+                "predicted": predicted,
+                "measured": measured,
+                "ratio": ratio,
+            }
+        )
     if arguments.json:
         result = {
             "date": date.today().isoformat(),
             "command": " ".join(["python", *sys.argv]),
             "machine": f"{platform.machine()}, simulated cards",
             "torch": torch.__version__,
-            "options": options | {"dtype": arguments.dtype},
+            "dtype": arguments.dtype,
             "bytes": figures,
         }
         arguments.json.write_text(json.dumps(result, indent=2) + "\n")

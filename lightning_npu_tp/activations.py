@@ -12,10 +12,13 @@ R rows of routed experts, D hidden. `unit` is the bytes of an activation, 4 what
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from lightning_npu_tp.layout import Layout
 from lightning_npu_tp.sizes import ModelSizes
+
+Part = Literal["attention", "experts", "mlp"]
 
 _FLOAT32 = 4
 # Of a token in attention's statistics: maximum and sum, eight numbers each, per head.
@@ -33,11 +36,29 @@ class Row:
     kept:      from its forward pass until its backward pass has run.
     forward:   needed beside while the forward pass runs.
     backward:  needed beside while the backward pass runs, the gradient of its result included.
+    part:      of the layer: "attention" and what else comes before the rest, routed "experts", "mlp" for what is left.
     """
 
     kept: int = 0
     forward: int = 0
     backward: int = 0
+    part: Part = "attention"
+
+
+@dataclass(frozen=True)
+class Beside:
+    """Bytes beside a layer's own while a part of it runs; see `Row.part`."""
+
+    attention: int = 0
+    experts: int = 0
+    mlp: int = 0
+
+    def row(self, row: Row) -> int:
+        """Of a row."""
+        return int(getattr(self, row.part))
+
+
+_ALONE = Beside()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,20 +116,25 @@ def layer_rows(shape: Shape, *, sparse: bool, keep_experts: bool = True) -> list
     return [*norm(shape), *attention(shape), add, *norm(shape), *mlp, add]
 
 
-def most_forward(rows: list[Row]) -> int:
+def most_forward(rows: list[Row], beside: Beside = _ALONE) -> int:
     """The most that these need one after the other in the forward pass, what they keep included."""
     most = kept = 0
     for row in rows:
         kept += row.kept
-        most = max(most, kept + row.forward)
+        most = max(most, kept + row.forward + beside.row(row))
     return most
 
 
-def most_backward(rows: list[Row]) -> int:
+def most_at_once(rows: list[Row], beside: Beside = _ALONE) -> int:
+    """The most that one of these needs in a forward pass that keeps nothing."""
+    return max(row.kept + row.forward + beside.row(row) for row in rows)
+
+
+def most_backward(rows: list[Row], beside: Beside = _ALONE) -> int:
     """The most that these need in the backward pass, from what all of them kept to nothing."""
     most, kept = 0, sum(row.kept for row in rows)
     for row in reversed(rows):
-        most = max(most, kept + row.backward)
+        most = max(most, kept + row.backward + beside.row(row))
         kept -= row.kept
     return most
 
@@ -184,12 +210,13 @@ def mixture(shape: Shape, *, keep_experts: bool = True) -> list[Row]:
     if not keep_experts:
         # Their input only: what arrived, or what entered the region, which has been counted.
         arrived, again = (travelling[0].forward // 2 if travelling else 0), most_forward(experts)
-        experts = [Row(kept=arrived, forward=again, backward=max(again, most_backward(experts)))]
-    rows += [*travelling, *experts, *back]
-    if sizes.shared_width:
-        rows.append(_gated(shape, sizes.shared_width))
+        experts = [Row(kept=arrived, forward=again, backward=max(again, most_backward(experts)), part="experts")]
+    shared = [_gated(shape, sizes.shared_width)] if sizes.shared_width else []
+    # Shared experts run while rows travel.
+    rows += [*travelling, *shared, *experts, *back] if shape.all_to_all else [*experts, *shared]
     wide = shape.tokens * sizes.hidden * _FLOAT32
-    rows.append(Row(forward=wide + 2 * shape.hidden, backward=(wide if unit < _FLOAT32 else 0) + shape.hidden))
+    rounded = wide if unit < _FLOAT32 else 0
+    rows.append(Row(forward=wide + 2 * shape.hidden, backward=rounded + shape.hidden, part="mlp"))
     return rows
 
 
@@ -208,7 +235,8 @@ def head(shape: Shape) -> tuple[int, int]:
 def _gated(shape: Shape, width: int) -> Row:
     """Gate and up projections, activation and product, kept each; and the two gradients that meet at their input."""
     one = shape.tokens * (width // shape.layout.tensor) * shape.unit
-    return Row(kept=4 * one, forward=shape.hidden, backward=max(3 * one, 2 * one + 2 * shape.hidden) + shape.hidden)
+    backward = max(3 * one, 2 * one + 2 * shape.hidden) + shape.hidden
+    return Row(kept=4 * one, forward=shape.hidden, backward=backward, part="mlp")
 
 
 def _experts(shape: Shape) -> tuple[list[Row], list[Row], list[Row]]:
@@ -226,7 +254,7 @@ def _experts(shape: Shape) -> tuple[list[Row], list[Row], list[Row]]:
     rows, width = num_rows * sizes.hidden * unit, num_rows * sizes.expert_width * unit
     shared = shape.hidden if sizes.shared_width else 0
     travelling = [Row(kept=0, forward=2 * rows, backward=2 * rows + shared)] if shape.all_to_all else []
-    back = [Row(kept=rows, forward=rows, backward=2 * rows + shared)] if shape.all_to_all else []
+    back = [Row(kept=rows, forward=rows, backward=2 * rows + shared, part="mlp")] if shape.all_to_all else []
     # The rows that came in last until their experts have run.
     came = rows if shape.all_to_all else 0
     experts = [
@@ -235,7 +263,7 @@ def _experts(shape: Shape) -> tuple[list[Row], list[Row], list[Row]]:
         Row(kept=width, forward=came, backward=3 * width + shared),
         Row(kept=rows, forward=rows + came, backward=2 * rows + shared),
     ]
-    return travelling, experts, back
+    return travelling, [replace(row, part="experts") for row in experts], back
 
 
 def _attention(shape: Shape, queries: int, keys: int, values: int, *, out: int | None = None) -> Row:

@@ -165,6 +165,7 @@ def describe_run(trainer: Any, batch_shape: tuple[int, int] | None, *, seen: int
         data_parallel=strategy.options.data_parallel,
         sequence_parallel=strategy.options.sequence_parallel,
         recompute=strategy.options.recompute,
+        accumulates=trainer.accumulate_grad_batches > 1,
         all_to_all=strategy.options.dispatch == "all_to_all",
         fused=fused_by(chosen.names),
         seen=seen,

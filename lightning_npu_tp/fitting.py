@@ -16,7 +16,7 @@ from typing import Any
 from lightning_npu_tp.activations import Shape
 from lightning_npu_tp.data_parallel import DataParallel
 from lightning_npu_tp.layout import Layout, divisors
-from lightning_npu_tp.memory import Model, rank_memory, step_peak
+from lightning_npu_tp.memory import Model, RankMemory, rank_memory, step_peak
 from lightning_npu_tp.plan import Rule
 from lightning_npu_tp.recompute import Recompute
 from lightning_npu_tp.sizes import ModelSizes
@@ -86,6 +86,7 @@ class Run:
     units:             {unit: number} that a split must not cut.
     batch, length:     sequences of a data rank's micro-batch, and tokens of each.
     bytes_per_element: of parameters; activation_bytes: of what layers compute in.
+    accumulates:       whether a step sums gradients of several micro-batches; they stay whole until the last.
     all_to_all:        whether rows travel though the layout would not ask for it.
     fused:             operations that torch_npu's fused kernels compute (`activations.fused_by`).
     seen:              bytes of activations that the run was seen to hold; it had not got to its end.
@@ -104,6 +105,7 @@ class Run:
     data_parallel: DataParallel = "shard"
     sequence_parallel: bool = False
     recompute: Recompute = "none"
+    accumulates: bool = False
     all_to_all: bool = False
     fused: frozenset[str] = frozenset()
     seen: int = 0
@@ -116,14 +118,7 @@ def needed(run: Run) -> int:
 
 def kept_for_the_run(run: Run) -> int:
     """Weights, gradients and optimizer states of rank 0, which never holds less than another rank."""
-    return rank_memory(
-        run.shapes,
-        run.rules,
-        run.layout,
-        bytes_per_element=run.bytes_per_element,
-        optimizer_states=run.optimizer_states,
-        data_parallel=run.data_parallel,
-    ).total_bytes
+    return _memory(run, run.shapes, run.data_parallel).total_bytes
 
 
 def layer_bytes(run: Run, *, sparse: bool, recompute: Recompute) -> int:
@@ -182,7 +177,7 @@ def _step(run: Run) -> int:
         optimizer_states=run.optimizer_states,
         data_parallel=run.data_parallel,
     )
-    return step_peak(model, shape, recompute=run.recompute).bytes
+    return step_peak(model, shape, recompute=run.recompute, accumulates=run.accumulates).bytes
 
 
 def suggestions(run: Run, usable: int) -> list[str]:
@@ -192,13 +187,12 @@ def suggestions(run: Run, usable: int) -> list[str]:
     """
     limit = int(usable * _USABLE)
     found = []
-    if smaller := next(
-        (b for b in range(run.batch - 1, 0, -1) if _predicted(run, replace(run, batch=b)) <= limit), None
-    ):
-        times = -(-run.batch // smaller)
+    fewer = (replace(run, batch=batch, accumulates=True) for batch in range(run.batch - 1, 0, -1))
+    if smaller := next((other for other in fewer if _predicted(run, other) <= limit), None):
+        times = -(-run.batch // smaller.batch)
         found.append(
-            f"data.batch_size={smaller} with trainer.accumulate_grad_batches={times} times what it is"
-            f"{_about(run, replace(run, batch=smaller))}"
+            f"data.batch_size={smaller.batch} with trainer.accumulate_grad_batches={times} times what it is"
+            f"{_about(run, smaller)}"
         )
     for recompute in _more_recompute(run):
         if _predicted(run, replace(run, recompute=recompute)) <= limit:
@@ -231,19 +225,34 @@ def _activations_at_least_as_seen(seen_in: Run, run: Run) -> int:
 
 
 def _gathered(run: Run) -> int:
-    """Parameters of one layer that FSDP gathers, twice: the layer at work and the next one."""
-    if run.fused or run.data_parallel != "shard" or run.layout.data == 1:
+    """What FSDP holds beside this rank's own: parameters, and gradients that wait for other micro-batches.
+
+    Of slices one layer is gathered, twice: the layer at work and the next one. Replicas are copied whole.
+    """
+    if run.fused or run.layout.data == 1:
         return 0
+    # Experts that no other rank holds stay where they are.
+    shapes = {n: s for n, s in run.shapes.items() if run.layout.expert_replicas > 1 or run.rules[n].axis != "expert"}
     whole: dict[str, int] = {}
-    for name, shape in run.shapes.items():
+    for name, shape in shapes.items():
         match = re.match(r".*layers\.\d+\.", name)
         layer = match.group(0) if match else "around the layers"
-        alone = {name: shape}
-        memory = rank_memory(
-            alone, run.rules, run.layout, bytes_per_element=run.bytes_per_element, data_parallel="replicate"
-        )
-        whole[layer] = whole.get(layer, 0) + memory.parameter_bytes
-    return 2 * max(whole.values())
+        whole[layer] = whole.get(layer, 0) + _memory(run, {name: shape}, "replicate").parameter_bytes
+    if run.data_parallel == "replicate":
+        return sum(whole.values())
+    waiting = sum(whole.values()) - _memory(run, shapes, "shard").gradient_bytes if run.accumulates else 0
+    return 2 * max(whole.values()) + waiting
+
+
+def _memory(run: Run, shapes: Mapping[str, tuple[int, ...]], data_parallel: DataParallel) -> RankMemory:
+    return rank_memory(
+        shapes,
+        run.rules,
+        run.layout,
+        bytes_per_element=run.bytes_per_element,
+        optimizer_states=run.optimizer_states,
+        data_parallel=data_parallel,
+    )
 
 
 def _about(seen_in: Run, run: Run) -> str:

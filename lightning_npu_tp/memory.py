@@ -11,11 +11,22 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left, insort
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 
-from lightning_npu_tp.activations import CAUSAL_MASK, Row, Shape, head, layer_rows, most_backward, most_forward
+from lightning_npu_tp.activations import (
+    CAUSAL_MASK,
+    Beside,
+    Row,
+    Shape,
+    head,
+    layer_rows,
+    most_at_once,
+    most_backward,
+    most_forward,
+)
 from lightning_npu_tp.data_parallel import DataParallel
 from lightning_npu_tp.layout import Layout
 from lightning_npu_tp.plan import Rule, chunk_bounds
@@ -123,10 +134,12 @@ class Model:
     optimizer_states: int = 2
     data_parallel: DataParallel = "shard"
 
-    def memory(self, layout: Layout, names: str = "", data_parallel: DataParallel | None = None) -> RankMemory:
-        """Of rank 0, which never holds less than another; of parameters whose name the pattern matches."""
+    def memory(
+        self, layout: Layout, names: Iterable[str] | None = None, data_parallel: DataParallel | None = None
+    ) -> RankMemory:
+        """Of rank 0, which never holds less than another; of the parameters named, or of all."""
         return rank_memory(
-            {name: shape for name, shape in self.shapes.items() if re.search(names, name)},
+            self.shapes if names is None else {name: self.shapes[name] for name in names},
             self.rules,
             layout,
             bytes_per_element=self.bytes_per_element,
@@ -150,38 +163,42 @@ class StepPeak:
         return max(self.forward, self.backward, self.optimizer)
 
 
-def step_peak(
-    model: Model, shape: Shape, *, recompute: Recompute = "none", accumulates: bool = False, first: bool = False
-) -> StepPeak:
-    """Peak of a training step of rank 0.
+def step_peak(model: Model, shape: Shape, *, recompute: Recompute = "none", accumulates: bool = False) -> StepPeak:
+    """Peak of a training step of rank 0, not the run's first.
 
-    accumulates: whether gradients of an earlier micro-batch are there in the backward pass.
-    first:       a run's first step, without gradients and optimizer states before it.
+    accumulates: whether a step sums the gradients of several micro-batches; the peak is that of the last of them.
     """
-    standing = model.memory(shape.layout)
-    base = standing.parameter_bytes + (0 if first else standing.optimizer_bytes) + _always_there(shape)
-    # The trainer drops gradients between the forward and the backward pass.
-    old = 0 if first else standing.gradient_bytes
+    standing, parameters = model.memory(shape.layout), _Parameters(model, shape.layout)
+    base = standing.parameter_bytes + standing.optimizer_bytes + _always_there(shape)
+    # The trainer drops gradients between the forward and the backward pass. Those of earlier micro-batches stay, and
+    # stay whole, since data ranks exchange them once.
+    old = parameters.all_gradients if accumulates else standing.gradient_bytes
     layers = _layers(shape, recompute)
-    gathered = _Gathered(model, shape.layout)
     in_loss, in_loss_backward = head(shape)
     embedded, normed = shape.stream, shape.stream + (shape.hidden if shape.is_sliced else 0)
 
     kept, forward = embedded, 0
     for number, layer in enumerate(layers):
-        forward = max(forward, kept + most_forward(layer.whole) + gathered.forward(number))
+        beside = parameters.forward(number)
+        # What runs again keeps nothing but what is added to.
+        needed = (
+            2 * shape.stream + most_at_once(layer.whole, beside)
+            if layer.is_again
+            else most_forward(layer.whole, beside)
+        )
+        forward = max(forward, kept + needed)
         kept += sum(row.kept for row in layer.kept)
     kept += normed
-    forward = max(forward, kept + in_loss + gathered.around)
+    forward = max(forward, kept + in_loss + parameters.in_loss)
 
-    gradients = old if accumulates else gathered.gradients_around
-    backward = kept + in_loss_backward + gradients + gathered.around
+    gradients = old if accumulates else parameters.outer
+    backward = kept + in_loss_backward + gradients + parameters.in_loss_backward
     for number, layer in reversed(list(enumerate(layers))):
         kept -= sum(row.kept for row in layer.kept)
-        backward = max(backward, kept + _backward(layer, shape) + gradients + gathered.backward(number))
-        if not accumulates:
-            gradients += gathered.gradients(number)
-        backward = max(backward, kept + shape.stream + gradients + gathered.backward(number))
+        backward = max(backward, kept + gradients + _backward(layer, shape, parameters, number))
+        gradients += parameters.gradients(number) - (parameters.whole(number) if accumulates else 0)
+        backward = max(backward, kept + shape.stream + gradients + parameters.reduced(number))
+    backward = max(backward, gradients + parameters.at_the_end)
     # Of the group with weight decay, nearly all: a square root of the averages while for-each updates.
     update = standing.parameter_bytes + standing.gradient_bytes + standing.optimizer_bytes + _always_there(shape)
     return StepPeak(
@@ -198,6 +215,11 @@ class _Layer:
     kept: list[Row]
     whole: list[Row]
 
+    @property
+    def is_again(self) -> bool:
+        """Whether it is computed again as a whole."""
+        return self.kept is not self.whole
+
 
 def _layers(shape: Shape, recompute: Recompute) -> list[_Layer]:
     dense = shape.sizes.layers - shape.sizes.sparse_layers
@@ -209,11 +231,11 @@ def _layers(shape: Shape, recompute: Recompute) -> list[_Layer]:
     return layers
 
 
-def _backward(layer: _Layer, shape: Shape) -> int:
+def _backward(layer: _Layer, shape: Shape, parameters: _Parameters, number: int) -> int:
     """The most while the backward pass of the layer runs, with what it kept and the gradient that comes in."""
-    most = most_backward(layer.whole)
-    if layer.kept is not layer.whole:
-        most = max(most, most_forward(layer.whole)) + sum(row.kept for row in layer.kept)
+    most = most_backward(layer.whole, parameters.backward(number))
+    if layer.is_again:
+        most = max(most, most_forward(layer.whole, parameters.again(number))) + sum(row.kept for row in layer.kept)
     return most + shape.stream
 
 
@@ -221,38 +243,130 @@ def _always_there(shape: Shape) -> int:
     return CAUSAL_MASK if "attention" in shape.fused else 0
 
 
-class _Gathered:
-    """Whole parameters and gradients of the layers, beside the slices that data ranks keep."""
+class _Parameters:
+    """Bytes of parameters and gradients that come and go in a step: what FSDP gathers, and what it reduces.
+
+    Of each layer that is its dense parameters and, where several ranks hold the same experts, these: two groups that
+    FSDP handles one after the other. Around the layers are those of the decoder (embedding, last norm) and the
+    outermost (head). A group arrives in a buffer and is copied out of it; the buffer stays until the next group of the
+    forward pass arrives. In the backward pass the next group arrives ahead, and what a group's gradients were copied to
+    stays until another group is reduced. Replicas need no buffer, but are copied all the same, and their copies stay
+    from the forward pass until their backward pass has run.
+    """
 
     def __init__(self, model: Model, layout: Layout) -> None:
-        self._model, self._layout = model, layout
-        numbers = {int(m.group(1)) for name in model.shapes if (m := re.search(r"layers\.(\d+)\.", name))}
-        self._of = [self._bytes(rf"layers\.{number}\.") for number in sorted(numbers)]
-        whole, sliced = self._bytes(r"^(?!.*layers\.\d+\.)")
-        self._is_shared = model.data_parallel == "shard" and layout.data > 1
-        # The outermost group stays gathered from the forward to the backward pass.
-        self.around = whole if self._is_shared else 0
-        self.gradients_around = sliced
+        self._is_shared = layout.data > 1
+        self._has_buffers = self._is_shared and model.data_parallel == "shard"
+        # Experts that no other rank holds are never gathered.
+        self._has_experts = self._is_shared and layout.expert_replicas > 1
+        decoder = next((name[: name.index("layers.")] for name in model.shapes if "layers." in name), "")
+        outer: list[str] = []
+        inner: list[str] = []
+        dense: dict[int, list[str]] = defaultdict(list)
+        experts: dict[int, list[str]] = defaultdict(list)
+        for name in model.shapes:
+            if found := re.search(r"layers\.(\d+)\.", name):
+                (experts if ".experts." in name else dense)[int(found.group(1))].append(name)
+            else:
+                (inner if name.startswith(decoder) else outer).append(name)
 
-    def _bytes(self, names: str) -> tuple[int, int]:
-        """Of parameters that match: gathered over the data ranks where FSDP does that, and as this rank keeps them."""
-        whole = self._model.memory(self._layout, names, "replicate").parameter_bytes
-        if self._layout.expert_replicas == 1:
-            # Experts that no other rank holds are never gathered.
-            whole -= self._model.memory(self._layout, rf"{names}.*\.experts\.", "replicate").parameter_bytes
-        return whole, self._model.memory(self._layout, names).parameter_bytes
+        def whole(names: list[str]) -> int:
+            return model.memory(layout, names, "replicate").parameter_bytes
 
-    def forward(self, number: int) -> int:
-        """The layer at work, and the buffer that it came in."""
-        return self.around + 2 * self._of[number][0] if self._is_shared else 0
+        layers = sorted(dense)
+        self._dense, self._experts = ([whole(of[number]) for number in layers] for of in (dense, experts))
+        self._own = [model.memory(layout, dense[number] + experts[number]).parameter_bytes for number in layers]
+        self.outer, self._decoder = whole(outer), whole(inner)
+        if not self.outer:
+            # A head that is the embedding.
+            self.outer, self._decoder = self._decoder, 0
 
-    def backward(self, number: int) -> int:
-        """The layer at work, the next one arriving, and gradients on their way to be summed."""
-        if not self._is_shared:
-            return 0
-        own, after = self._of[number][0], self._of[number - 1][0] if number else 0
-        return self.around + own + after + 2 * own
+    @property
+    def all_gradients(self) -> int:
+        """Whole gradients of all parameters."""
+        return self.outer + self._decoder + sum(self._dense) + sum(self._experts)
+
+    def whole(self, number: int) -> int:
+        """Gradients of a layer before they are reduced."""
+        return self._dense[number] + self._experts[number]
 
     def gradients(self, number: int) -> int:
-        """Of this rank's parameters of the layer."""
-        return self._of[number][1]
+        """Gradients of a layer that stay with this rank."""
+        return self._own[number]
+
+    @property
+    def in_loss(self) -> int:
+        """Beside the loss in the forward pass; the decoder's slices are slices again."""
+        if not self._has_buffers:
+            return self.in_loss_backward
+        last = len(self._dense) - 1
+        return self.outer + (self._gathered_experts(last) or self._dense[last])
+
+    @property
+    def in_loss_backward(self) -> int:
+        """Beside the loss in the backward pass, when the decoder's group has arrived."""
+        return self.outer + self._decoder + self._copies(len(self._dense)) if self._is_shared else 0
+
+    @property
+    def at_the_end(self) -> int:
+        """Beside the layers' gradients: those around the layers are reduced when the backward pass has ended."""
+        return self._decoder + (self.outer + self._decoder if self._is_shared else 0)
+
+    def forward(self, number: int) -> Beside:
+        """Beside a layer in the forward pass."""
+        if not self._is_shared:
+            return Beside()
+        beside, dense, experts = self._around(number), self._dense[number], self._gathered_experts(number)
+        arrived = beside + dense + self._buffer(dense)
+        if not experts:
+            return Beside(arrived, arrived, arrived)
+        return Beside(arrived, beside + dense + experts + self._buffer(experts), beside + dense + experts)
+
+    def again(self, number: int) -> Beside:
+        """Beside a layer that is computed again in the backward pass."""
+        if not self._is_shared:
+            return Beside()
+        experts = self._gathered_experts(number)
+        beside = self._around(number) + self._dense[number] + experts + self._reduced(number + 1)
+        return Beside(beside, beside + self._buffer(experts), beside)
+
+    def backward(self, number: int) -> Beside:
+        """Beside a layer in the backward pass, its own gradients included."""
+        dense, experts = self._dense[number], self._gathered_experts(number)
+        if not self._is_shared:
+            return Beside(self._own[number], self._experts[number] + dense // 2, dense // 2)
+        beside, arriving = self._around(number) + dense, self._buffer(self._dense[number - 1]) if number else 0
+        # Of the dense gradients about half, until attention's come.
+        until = beside + dense // 2 + self._reduced(number + 1)
+        if not experts:
+            alone = self._experts[number]
+            whole = beside + arriving + alone + dense + self._reduced(number + 1)
+            return Beside(whole, until + arriving + alone, until + arriving)
+        return Beside(
+            attention=beside + arriving + dense + experts, experts=until + arriving + 2 * experts, mlp=until + experts
+        )
+
+    def reduced(self, number: int) -> int:
+        """Beside a layer's gradients when all of them have been reduced, copies of those of its dense parameters."""
+        if not self._is_shared:
+            return 0
+        return self._around(number) + self._reduced(number) + (self._buffer(self._dense[number - 1]) if number else 0)
+
+    def _around(self, number: int) -> int:
+        """Parameters around the layers, and copies of the layers below `number`."""
+        return self.outer + self._decoder + self._copies(number)
+
+    def _copies(self, number: int) -> int:
+        if self._has_buffers:
+            return 0
+        return sum(self._dense[layer] + self._gathered_experts(layer) for layer in range(number))
+
+    def _reduced(self, number: int) -> int:
+        """What the gradients of a layer's dense parameters were copied to."""
+        return self._dense[number] if number < len(self._dense) else 0
+
+    def _buffer(self, group: int) -> int:
+        return blocks([group]) if self._has_buffers and group else 0
+
+    def _gathered_experts(self, number: int) -> int:
+        return self._experts[number] if self._has_experts and number < len(self._experts) else 0

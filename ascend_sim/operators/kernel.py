@@ -32,16 +32,18 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, *((torch.float64,) if _F
 class Kernel:
     """One operator of the `npu` namespace.
 
-    name:    with its overload, e.g. "npu_grouped_matmul.List".
-    compute: takes and returns CPU tensors; allocates its results.
-    check:   takes the same arguments; raises what the card would raise (`refuse`). None accepts everything.
-    inplace: the first argument is written and returned.
+    name:     with its overload, e.g. "npu_grouped_matmul.List".
+    compute:  takes and returns CPU tensors; allocates its results.
+    check:    takes the same arguments; raises what the card would raise (`refuse`). None accepts everything.
+    inplace:  the first argument is written and returned.
+    hands_on: an argument among the results is that tensor itself, and not a copy.
     """
 
     name: str
     compute: Callable[..., Any]
     check: Callable[..., None] | None = None
     inplace: bool = False
+    hands_on: bool = False
 
 
 class Refused(RuntimeError):
@@ -147,11 +149,16 @@ def _kernel(kernel: Kernel) -> Callable[..., Any]:
         if kernel.check is not None:
             kernel.check(*args, **kwargs)
         _enter(name, tensors)
-        leaves = [on_host(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        host_args, host_kwargs = pytree.tree_unflatten(leaves, spec)
+        hosts = [on_host(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        host_args, host_kwargs = pytree.tree_unflatten(hosts, spec)
         # The host's tensors are new ones that need no gradient, so nothing here is recorded.
         result = kernel.compute(*host_args, **host_kwargs)
-        result = args[0] if kernel.inplace else pytree.tree_map(lambda value: on_device(value, device), result)
+        own = {id(host): leaf for host, leaf in zip(hosts, leaves, strict=True)} if kernel.hands_on else {}
+
+        def place(value: Any) -> Any:
+            return own[id(value)] if id(value) in own else on_device(value, device)
+
+        result = args[0] if kernel.inplace else pytree.tree_map(place, result)
         torch.ops.ascend_sim.before_kernel(name, [], [t for t in pytree.tree_leaves(result) if isinstance(t, Tensor)])
         return result
 

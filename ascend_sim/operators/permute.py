@@ -145,6 +145,6 @@ KERNELS = (
     Kernel("npu_moe_token_permute", permute, _check_permute),
     Kernel("npu_moe_token_permute_grad_v2", permute_grad),
     Kernel("npu_moe_token_unpermute", unpermute, _check_unpermute),
-    Kernel("_npu_moe_token_unpermute", unpermute_with_rows, _check_unpermute),
+    Kernel("_npu_moe_token_unpermute", unpermute_with_rows, _check_unpermute, hands_on=True),
     Kernel("npu_moe_token_unpermute_grad_v2", unpermute_grad),
 )

@@ -91,8 +91,10 @@ class RoutedExperts(nn.Module):
         primitives, dtype = self.kernels.grouped, x_TD.dtype
         x_RD = self.kernels.permute.tokens_to_rows(x_TD, rows)
         hidden_RF = self._gated(grouped_matmul(x_RD, gate_up_E2FD.to(dtype), rows.groups, primitives))
-        y_RD = grouped_matmul(hidden_RF, down_EDF.to(dtype), rows.groups, primitives)
-        return self.kernels.permute.rows_to_tokens(y_RD, weights_TK, rows)
+        # The product has no name here: it would outlive its use by a copy and by the result.
+        return self.kernels.permute.rows_to_tokens(
+            grouped_matmul(hidden_RF, down_EDF.to(dtype), rows.groups, primitives), weights_TK, rows
+        )
 
     def _gated(self, gate_up_RG: Tensor) -> Tensor:
         if self._swiglu is not None:

@@ -232,6 +232,22 @@ def test_routed_experts_equal_the_cpus_whatever_lies_in_other_ranks_rows(first, 
         assert distance(actual, expected) <= tolerance, f"result {number}"
 
 
+def test_routed_experts_hold_no_row_longer_than_it_is_needed():
+    """The arithmetic of `activations.py`: inputs, hidden activations and results once, and one more set of rows."""
+    hidden, width, picks = 512, 512, 8192
+    experts = RoutedExperts(hidden_size=hidden, expert_width=width, num_local_experts=2, kernels=select("npu"))
+    experts.to("npu")
+    x = torch.zeros(picks // 2, hidden, device="npu", requires_grad=True)
+    weights = torch.ones(picks // 2, 2, device="npu", requires_grad=True)
+    rows = sort_picks(torch.tensor([[0, 1]], device="npu").expand(picks // 2, 2).contiguous(), first=0, num_local=2)
+    before, _ = torch.npu.memory_allocated(), torch.npu.reset_peak_memory_stats()
+    y = experts(x, weights, rows)
+    one = picks * hidden * 4
+    assert y.nbytes == one // 2
+    # Permuted tokens, gate and up, their product, the result and its copy.
+    assert torch.npu.max_memory_allocated() - before < (1 + 2 + 1 + 2 + 0.25) * one
+
+
 def test_a_rank_without_tokens_computes_nothing_and_gives_zero_gradients(caplog):
     experts = experts_on("npu", torch.float32, 4)
     x = torch.empty(0, 16, device="npu", requires_grad=True)

@@ -123,6 +123,15 @@ def test_permute_and_unpermute_are_differentiated_by_torch_npu():
     check(operator, lambda x, probs: x.square() * probs.sum(1, keepdim=True), draw(3, 4), draw(3, 2, seed=1))
 
 
+def test_unpermute_keeps_the_rows_themselves_for_its_backward():
+    """As torch_npu's own does: a copy would be the largest tensor of a layer once more."""
+    rows = torch.zeros(4096, 256, device="npu", requires_grad=True)
+    order, weights = torch.arange(4096, dtype=torch.int32, device="npu"), torch.ones(2048, 2, device="npu")
+    before, _ = torch.npu.memory_allocated(), torch.npu.reset_peak_memory_stats()
+    tokens = torch_npu.npu_moe_token_unpermute(rows, order, weights)
+    assert torch.npu.max_memory_allocated() - before < 1.1 * tokens.nbytes
+
+
 def test_float32_probabilities_with_bfloat16_tokens_lose_every_gradient():
     tokens, probs = on_card(draw(3, 4, dtype=torch.bfloat16), torch.rand(3, 2))
     rows, position = torch_npu.npu_moe_token_permute(tokens, torch.tensor([[2, 0], [0, 1], [1, 2]]).npu())

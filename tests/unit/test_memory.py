@@ -72,10 +72,13 @@ def benchmark() -> Any:
     return module
 
 
-@pytest.mark.parametrize("figure", MEASURED["bytes"], ids=lambda f: f"{f['model']}-{f['layout']}")
+@pytest.mark.parametrize("figure", MEASURED["bytes"], ids=lambda f: f"{f['model']}-{f['layout']}-{f['options']}")
 def test_the_peak_of_a_step_is_what_an_allocator_was_seen_to_hold(benchmark: Any, figure: dict) -> None:
-    peak = benchmark.predict(figure["model"], Layout(*figure["layout"]), {}, torch.float32)
-    assert peak.bytes == pytest.approx(max(figure["measured"].values()), rel=0.05)
+    peak = benchmark.predict(figure["model"], Layout(*figure["layout"]), figure["options"], torch.float32)
+    measured = figure["measured"]
+    assert peak.bytes == pytest.approx(max(measured.values()), rel=0.05)
+    for part in ("forward", "backward", "optimizer"):
+        assert getattr(peak, part) == pytest.approx(measured[part], rel=0.06), part
 
 
 def test_tensors_count_as_the_blocks_that_an_allocator_cuts_for_them() -> None:
