@@ -52,6 +52,17 @@ _DEEPSEEK: dict[str, Any] = {
     "eos_token_id": 1,
     "use_cache": False,
 }
+_QWEN: dict[str, Any] = {
+    "vocab_size": 8192,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "use_cache": False,
+    "tie_word_embeddings": False,
+}
+_WORDS = {"vocab_size": 49152, "hidden_size": 512, "num_hidden_layers": 2, "intermediate_size": 1024}
 # name -> (architecture, config, sequences, tokens of each)
 MODELS: dict[str, tuple[str, dict[str, Any], int, int]] = {
     "mixture": (
@@ -84,24 +95,27 @@ MODELS: dict[str, tuple[str, dict[str, Any], int, int]] = {
         2,
         1024,
     ),
-    "dense": (
-        "qwen3",
-        {
-            "vocab_size": 8192,
-            "hidden_size": 1024,
+    "dense": ("qwen3", _QWEN | {"hidden_size": 1024, "num_hidden_layers": 4, "intermediate_size": 3072}, 2, 512),
+    # Few tokens: what parameters and gradients need, in the layers, in many experts, and around the layers.
+    "wide": ("qwen3", _QWEN | {"hidden_size": 1024, "num_hidden_layers": 4, "intermediate_size": 4096}, 1, 128),
+    "sparse": (
+        "deepseek_v2",
+        _DEEPSEEK
+        | {
+            "hidden_size": 512,
             "num_hidden_layers": 4,
-            "intermediate_size": 3072,
-            "num_attention_heads": 16,
-            "num_key_value_heads": 8,
-            "head_dim": 64,
-            "bos_token_id": 0,
-            "eos_token_id": 1,
-            "use_cache": False,
-            "tie_word_embeddings": False,
+            "intermediate_size": 1024,
+            "num_attention_heads": 8,
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 2,
+            "n_shared_experts": 4,
+            "moe_intermediate_size": 1024,
         },
-        2,
-        512,
+        1,
+        128,
     ),
+    "words": ("qwen3", _QWEN | _WORDS, 1, 256),
+    "tied": ("qwen3", _QWEN | _WORDS | {"tie_word_embeddings": True}, 1, 256),
 }
 LAYOUTS = {
     "one card": Layout(1, 1, 1),
@@ -123,6 +137,17 @@ MORE: list[tuple[str, str, Layout, dict[str, Any]]] = [
     ("dense", "data 2", Layout(2, 1, 2), {"data_parallel": "replicate"}),
     ("dense", "data 2", Layout(2, 1, 2), {"recompute": "block"}),
     ("dense", "data 2", Layout(2, 1, 2), {"micro_batches": 2}),
+    ("wide", "one card", Layout(1, 1, 1), {}),
+    ("wide", "data 2", Layout(2, 1, 2), {}),
+    ("wide", "data 2", Layout(2, 1, 2), {"recompute": "block"}),
+    ("sparse", "shared", Layout(2, 1, 1), {}),
+    ("sparse", "shared", Layout(2, 1, 1), {"recompute": "block"}),
+    ("sparse", "shared", Layout(2, 1, 1), {"data_parallel": "replicate"}),
+    ("sparse", "data 2", Layout(2, 1, 2), {}),
+    ("sparse", "both", Layout(2, 2, 2), {"micro_batches": 3}),
+    ("words", "one card", Layout(1, 1, 1), {}),
+    ("words", "data 2", Layout(2, 1, 2), {}),
+    ("tied", "data 2", Layout(2, 1, 2), {}),
 ]
 
 
@@ -214,7 +239,11 @@ def predict(
     )
     held = Model(
         shapes=shapes,
-        rules=match_plan(family.plan(config), shapes, family=family.name),
+        rules=match_plan(
+            family.plan(config),
+            [name for name, _ in model.named_parameters(remove_duplicate=False)],
+            family=family.name,
+        ),
         bytes_per_element=dtype.itemsize,
         data_parallel=how.data_parallel,
     )
@@ -242,7 +271,7 @@ def _choose_evenly(model: Any) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="*", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument("--models", nargs="*", choices=list(MODELS), default=["mixture", "long", "dense"])
     parser.add_argument("--layouts", nargs="*", choices=list(LAYOUTS), default=list(LAYOUTS))
     parser.add_argument("--more", action="store_true", help="also what stands in MORE")
     parser.add_argument("--recompute", default="none")
@@ -252,7 +281,7 @@ def main() -> None:
     arguments = parser.parse_args()
     options = {"recompute": arguments.recompute, "sequence_parallel": arguments.sequence_parallel}
     cases = [(name, title, LAYOUTS[title], options) for name in arguments.models for title in arguments.layouts]
-    cases += [case for case in MORE if arguments.more and case[0] in arguments.models]
+    cases += MORE if arguments.more else []
     figures = []
     print(
         f"{'model':8s} {'layout':9s} {'predicted MB':>13s} {'measured MB':>12s} {'ratio':>6s}  of each part of the step"

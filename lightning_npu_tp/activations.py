@@ -47,11 +47,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Beside:
-    """Bytes beside a layer's own while a part of it runs; see `Row.part`."""
+    """Bytes beside a layer's own while a part of it runs (see `Row.part`), and before its routed experts begin."""
 
     attention: int = 0
     experts: int = 0
     mlp: int = 0
+    before_experts: int = 0
 
     def row(self, row: Row) -> int:
         """Of a row."""
@@ -120,6 +121,8 @@ def most_forward(rows: list[Row], beside: Beside = _ALONE) -> int:
     """The most that these need one after the other in the forward pass, what they keep included."""
     most = kept = 0
     for row in rows:
+        if row.part == "experts":
+            most = max(most, kept + beside.before_experts)
         kept += row.kept
         most = max(most, kept + row.forward + beside.row(row))
     return most

@@ -143,6 +143,8 @@ def describe_run(trainer: Any, batch_shape: tuple[int, int] | None, *, seen: int
     if sizes is None:
         return None
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    # A plan has a rule for each name, also where a head is the embedding.
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     parameter = next(model.parameters())
     narrow = "bf16" in str(trainer.precision) or "16" in str(trainer.precision)
     tensors_per_parameter = 2
@@ -154,7 +156,7 @@ def describe_run(trainer: Any, batch_shape: tuple[int, int] | None, *, seen: int
     return Run(
         sizes=sizes,
         shapes=shapes,
-        rules=match_plan(family.plan(model.config), shapes, family=family.name),
+        rules=match_plan(family.plan(model.config), names, family=family.name),
         units=family.units(model.config),
         layout=strategy.layout,
         batch=batch,

@@ -177,9 +177,10 @@ def step_peak(model: Model, shape: Shape, *, recompute: Recompute = "none", accu
     in_loss, in_loss_backward = head(shape)
     embedded, normed = shape.stream, shape.stream + (shape.hidden if shape.is_sliced else 0)
 
-    kept, forward = embedded, 0
+    kept, forward = embedded, parameters.first_arrivals
     for number, layer in enumerate(layers):
         beside = parameters.forward(number)
+        forward = max(forward, kept + parameters.arrival(number))
         # What runs again keeps nothing but what is added to.
         needed = (
             2 * shape.stream + most_at_once(layer.whole, beside)
@@ -249,9 +250,9 @@ class _Parameters:
     Of each layer that is its dense parameters and, where several ranks hold the same experts, these: two groups that
     FSDP handles one after the other. Around the layers are those of the decoder (embedding, last norm) and the
     outermost (head). A group arrives in a buffer and is copied out of it; the buffer stays until the next group of the
-    forward pass arrives. In the backward pass the next group arrives ahead, and what a group's gradients were copied to
-    stays until another group is reduced. Replicas need no buffer, but are copied all the same, and their copies stay
-    from the forward pass until their backward pass has run.
+    forward pass has arrived. In the backward pass the next group arrives ahead, and what a group's gradients were
+    copied to stays until another group is reduced. Replicas need no buffer, but are copied all the same, and their
+    copies stay from the forward pass until their backward pass has run.
     """
 
     def __init__(self, model: Model, layout: Layout) -> None:
@@ -299,8 +300,7 @@ class _Parameters:
         """Beside the loss in the forward pass; the decoder's slices are slices again."""
         if not self._has_buffers:
             return self.in_loss_backward
-        last = len(self._dense) - 1
-        return self.outer + (self._gathered_experts(last) or self._dense[last])
+        return self.outer + self._buffer(self._last_group(len(self._dense) - 1))
 
     @property
     def in_loss_backward(self) -> int:
@@ -312,6 +312,19 @@ class _Parameters:
         """Beside the layers' gradients: those around the layers are reduced when the backward pass has ended."""
         return self._decoder + (self.outer + self._decoder if self._is_shared else 0)
 
+    @property
+    def first_arrivals(self) -> int:
+        """Before the first layer: the groups around the layers, and their buffers."""
+        around = self.outer + self._decoder
+        return around + self._buffer(self.outer) + self._buffer(self._decoder) if self._is_shared else 0
+
+    def arrival(self, number: int) -> int:
+        """Before a layer in the forward pass, when it has just been copied."""
+        if not self._is_shared:
+            return 0
+        last = self._last_group(number - 1) if number else self._decoder
+        return self._around(number) + self._dense[number] + self._buffer(self._dense[number]) + self._buffer(last)
+
     def forward(self, number: int) -> Beside:
         """Beside a layer in the forward pass."""
         if not self._is_shared:
@@ -320,7 +333,13 @@ class _Parameters:
         arrived = beside + dense + self._buffer(dense)
         if not experts:
             return Beside(arrived, arrived, arrived)
-        return Beside(arrived, beside + dense + experts + self._buffer(experts), beside + dense + experts)
+        both = beside + dense + experts
+        return Beside(
+            attention=arrived,
+            before_experts=both + self._buffer(dense) + self._buffer(experts),
+            experts=both + self._buffer(experts),
+            mlp=both,
+        )
 
     def again(self, number: int) -> Beside:
         """Beside a layer that is computed again in the backward pass."""
@@ -347,10 +366,12 @@ class _Parameters:
         )
 
     def reduced(self, number: int) -> int:
-        """Beside a layer's gradients when all of them have been reduced, copies of those of its dense parameters."""
+        """Beside a layer's gradients when they are reduced: a copy of the dense ones, these or the next layer."""
         if not self._is_shared:
             return 0
-        return self._around(number) + self._reduced(number) + (self._buffer(self._dense[number - 1]) if number else 0)
+        before = self._dense[number - 1] if number else 0
+        most = max(self._dense[number], before if self._has_buffers else 0)
+        return self._around(number) + self._reduced(number) + most + self._buffer(before)
 
     def _around(self, number: int) -> int:
         """Parameters around the layers, and copies of the layers below `number`."""
@@ -367,6 +388,10 @@ class _Parameters:
 
     def _buffer(self, group: int) -> int:
         return blocks([group]) if self._has_buffers and group else 0
+
+    def _last_group(self, number: int) -> int:
+        """The layer's last to arrive."""
+        return self._gathered_experts(number) or self._dense[number]
 
     def _gathered_experts(self, number: int) -> int:
         return self._experts[number] if self._has_experts and number < len(self._experts) else 0

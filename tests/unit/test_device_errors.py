@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from functools import partial
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ import torch.distributed as dist
 from lightning.pytorch import Trainer
 from test_fitting import NPU_TEXT
 
-from lightning_npu_tp import NPUTensorParallelStrategy
+from lightning_npu_tp import NPUTensorParallelStrategy, device_errors
 from lightning_npu_tp.comm_errors import explain
 from lightning_npu_tp.device_errors import OutOfMemory, explain_device_error
 from lightning_npu_tp.errors import ConfigError
@@ -165,8 +166,9 @@ class Fails(LitCausalLM):
         return super().training_step(batch, batch_idx)
 
 
-def fit_and_fail(text: str) -> BaseException:
-    model = Fails(architecture="deepseek_v2", config=CONFIG, optimizer=partial(torch.optim.AdamW, lr=1e-3))
+def fit_and_fail(text: str, *, accumulate: int = 1, **model_of: Any) -> BaseException:
+    model_of = {"architecture": "deepseek_v2", "config": CONFIG, **model_of}
+    model = Fails(**model_of, optimizer=partial(torch.optim.AdamW, lr=1e-3))
     model.text = text
     rows = [{"input_ids": ids, "labels": ids} for ids in torch.randint(0, 64, (4, 4, 128))]
     trainer = Trainer(
@@ -174,6 +176,7 @@ def fit_and_fail(text: str) -> BaseException:
         devices=1,
         strategy=NPUTensorParallelStrategy(),
         max_steps=3,
+        accumulate_grad_batches=accumulate,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -192,15 +195,34 @@ def test_the_launcher_raises_the_explanation_from_the_original() -> None:
     assert type(untouched) is RuntimeError and untouched.__cause__ is None
 
 
+# As a card of 6 MiB would say it; these runs need more.
+SMALL_CARD = (
+    "NPU out of memory. Tried to allocate 2.00 MiB (NPU 0; 6.00 MiB total capacity; 4.00 MiB already allocated; "
+    "4.00 MiB current active; 1.00 MiB free; 5.00 MiB reserved in total by PyTorch)"
+)
+TIED = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 2, "head_dim": 16, "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+def test_a_head_that_is_the_embedding_keeps_no_remedy_from_being_told() -> None:
+    message = str(fit_and_fail(SMALL_CARD, architecture="qwen3", config=TIED))
+    assert "data.batch_size=" in message and "could not be read" not in message
+
+
+def test_whether_the_run_sums_micro_batches_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(device_errors, "suggestions", lambda run, usable: seen.append(run.accumulates) or [])
+    for accumulate in (1, 2):
+        fit_and_fail(SMALL_CARD, accumulate=accumulate)
+    assert seen == [False, True]
+
+
 def test_out_of_memory_tells_what_held_it_and_what_would_fit() -> None:
-    # As a card of 6 MiB would say it; this run needs more.
-    text = (
-        "NPU out of memory. Tried to allocate 2.00 MiB (NPU 0; 6.00 MiB total capacity; 4.00 MiB already allocated; "
-        "4.00 MiB current active; 1.00 MiB free; 5.00 MiB reserved in total by PyTorch)"
-    )
-    error = fit_and_fail(text)
+    error = fit_and_fail(SMALL_CARD)
     message = str(error)
-    assert isinstance(error, OutOfMemory) and str(error.__cause__) == text
+    assert isinstance(error, OutOfMemory) and str(error.__cause__) == SMALL_CARD
     assert "The batch had 4 sequences of 128 tokens." in message
     assert (
         "held: weights 0.1 MiB, gradients 0.1 MiB, optimizer states 0.2 MiB, activations and buffers 3.7 MiB."
