@@ -273,7 +273,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="*", choices=list(MODELS), default=["mixture", "long", "dense"])
     parser.add_argument("--layouts", nargs="*", choices=list(LAYOUTS), default=list(LAYOUTS))
-    parser.add_argument("--more", action="store_true", help="also what stands in MORE")
+    parser.add_argument("--more", nargs="*", choices=list(MODELS), help="also what MORE has of these models, or all")
     parser.add_argument("--recompute", default="none")
     parser.add_argument("--sequence-parallel", action="store_true")
     parser.add_argument("--dtype", default="float32")
@@ -281,7 +281,8 @@ def main() -> None:
     arguments = parser.parse_args()
     options = {"recompute": arguments.recompute, "sequence_parallel": arguments.sequence_parallel}
     cases = [(name, title, LAYOUTS[title], options) for name in arguments.models for title in arguments.layouts]
-    cases += MORE if arguments.more else []
+    if arguments.more is not None:
+        cases += [case for case in MORE if not arguments.more or case[0] in arguments.more]
     figures = []
     print(
         f"{'model':8s} {'layout':9s} {'predicted MB':>13s} {'measured MB':>12s} {'ratio':>6s}  of each part of the step"

@@ -281,6 +281,7 @@ class _Parameters:
         if not self.outer:
             # A head that is the embedding.
             self.outer, self._decoder = self._decoder, 0
+        self._tied = 0 if self._decoder else self.outer
 
     @property
     def all_gradients(self) -> int:
@@ -309,8 +310,11 @@ class _Parameters:
 
     @property
     def at_the_end(self) -> int:
-        """Beside the layers' gradients: those around the layers are reduced when the backward pass has ended."""
-        return self._decoder + (self.outer + self._decoder if self._is_shared else 0)
+        """Beside other gradients: the embedding's, and its sum with those of a head that is the same parameter.
+
+        What lies around the layers is reduced when the backward pass has ended.
+        """
+        return 2 * self._tied + self._decoder + (self.outer + self._decoder if self._is_shared else 0)
 
     @property
     def first_arrivals(self) -> int:
@@ -322,7 +326,7 @@ class _Parameters:
         """Before a layer in the forward pass, when it has just been copied."""
         if not self._is_shared:
             return 0
-        last = self._last_group(number - 1) if number else self._decoder
+        last = self._last_group(number - 1) if number else self._decoder or self.outer
         return self._around(number) + self._dense[number] + self._buffer(self._dense[number]) + self._buffer(last)
 
     def forward(self, number: int) -> Beside:
