@@ -198,7 +198,6 @@ def step_peak(model: Model, shape: Shape, *, recompute: Recompute = "none", accu
         kept -= sum(row.kept for row in layer.kept)
         backward = max(backward, kept + gradients + _backward(layer, shape, parameters, number))
         gradients += parameters.gradients(number) - (parameters.whole(number) if accumulates else 0)
-        backward = max(backward, kept + shape.stream + gradients + parameters.reduced(number))
     backward = max(backward, gradients + parameters.at_the_end)
     # Of the group with weight decay, nearly all: a square root of the averages while for-each updates.
     update = standing.parameter_bytes + standing.gradient_bytes + standing.optimizer_bytes + _always_there(shape)
@@ -234,10 +233,9 @@ def _layers(shape: Shape, recompute: Recompute) -> list[_Layer]:
 
 def _backward(layer: _Layer, shape: Shape, parameters: _Parameters, number: int) -> int:
     """The most while the backward pass of the layer runs, with what it kept and the gradient that comes in."""
-    most = most_backward(layer.whole, parameters.backward(number))
-    if layer.is_again:
-        most = max(most, most_forward(layer.whole, parameters.again(number))) + sum(row.kept for row in layer.kept)
-    return most + shape.stream
+    most = most_backward(layer.whole, parameters.backward(number)) + shape.stream
+    # Beside all that came back, the input that it came from.
+    return most + sum(row.kept for row in layer.kept) if layer.is_again else most
 
 
 def _always_there(shape: Shape) -> int:
@@ -345,14 +343,6 @@ class _Parameters:
             mlp=both,
         )
 
-    def again(self, number: int) -> Beside:
-        """Beside a layer that is computed again in the backward pass."""
-        if not self._is_shared:
-            return Beside()
-        experts = self._gathered_experts(number)
-        beside = self._around(number) + self._dense[number] + experts + self._reduced(number + 1)
-        return Beside(beside, beside + self._buffer(experts), beside)
-
     def backward(self, number: int) -> Beside:
         """Beside a layer in the backward pass, its own gradients included."""
         dense, experts = self._dense[number], self._gathered_experts(number)
@@ -368,14 +358,6 @@ class _Parameters:
         return Beside(
             attention=beside + arriving + dense + experts, experts=until + arriving + 2 * experts, mlp=until + experts
         )
-
-    def reduced(self, number: int) -> int:
-        """Beside a layer's gradients when they are reduced: a copy of the dense ones, these or the next layer."""
-        if not self._is_shared:
-            return 0
-        before = self._dense[number - 1] if number else 0
-        most = max(self._dense[number], before if self._has_buffers else 0)
-        return self._around(number) + self._reduced(number) + most + self._buffer(before)
 
     def _around(self, number: int) -> int:
         """Parameters around the layers, and copies of the layers below `number`."""

@@ -13,10 +13,12 @@ import torch
 import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from lightning_npu_tp.activations import Shape, layer_rows
 from lightning_npu_tp.families.deepseek_v2 import DEEPSEEK_V2
 from lightning_npu_tp.layout import Layout
 from lightning_npu_tp.memory import blocks, rank_memory
 from lightning_npu_tp.plan import match_plan
+from lightning_npu_tp.sizes import ModelSizes
 
 LITE = Path(__file__).parents[2] / "conf/model/deepseek_v2_lite.yaml"
 PARAMETERS = 15_706_484_224
@@ -108,3 +110,14 @@ def test_more_recompute_and_more_ranks_need_less(benchmark: Any) -> None:
         for slices in (False, True)
     )
     assert sliced < whole < benchmark.predict("dense", Layout(1, 2, 2), {}, torch.float32).forward
+
+
+@pytest.mark.parametrize("travel", [True, False])
+def test_shared_experts_are_held_beside_routed_ones_where_rows_travel(benchmark: Any, travel: bool) -> None:
+    architecture, values, batch, length = benchmark.MODELS["sparse"]
+    sizes = ModelSizes.of(AutoConfig.for_model(architecture, **values))
+    shape = Shape(sizes=sizes, layout=Layout(2, 1, 2), batch=batch, length=length, all_to_all=travel)
+    rows = layer_rows(shape, sparse=True)
+    routed = [number for number, row in enumerate(rows) if row.part == "experts"]
+    (shared,) = [number for number, row in enumerate(rows) if row.kept == 4 * 128 * sizes.shared_width * 4]
+    assert (shared < routed[0]) is travel and (shared > routed[-1]) is not travel
