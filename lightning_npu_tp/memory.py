@@ -380,4 +380,4 @@ class _Parameters:
         return self._gathered_experts(number) or self._dense[number]
 
     def _gathered_experts(self, number: int) -> int:
-        return self._experts[number] if self._has_experts and number < len(self._experts) else 0
+        return self._experts[number] if self._has_experts else 0
