@@ -257,3 +257,18 @@ def take_results_off(trainer: Trainer, *, lost: bool) -> None:
             with suppress(RuntimeError):
                 if not lost:
                     metrics[name] = value.cpu()
+
+
+def evaluate_without_inference_mode(trainer: Any) -> None:
+    """Let validation, test and prediction run under no_grad only.
+
+    FSDP keeps the tensors that it gathers into; made in inference mode, by a validation before the first step, they
+    could not be trained. Lightning knows of this for its own FSDP strategy and for gloo.
+    """
+    for loop in (
+        trainer.validate_loop,
+        trainer.test_loop,
+        trainer.predict_loop,
+        trainer.fit_loop.epoch_loop.val_loop,
+    ):
+        loop.inference_mode = False

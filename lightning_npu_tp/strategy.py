@@ -57,7 +57,7 @@ from lightning_npu_tp.hosts import crossings
 from lightning_npu_tp.launch_queue import launch_queue_has_ended, leave_launch_queue, watch_launch_queue
 from lightning_npu_tp.launcher import ProcessLauncher, check_world
 from lightning_npu_tp.layout import Dispatch, Groups, Layout, Meshes, Size, resolve_dispatch
-from lightning_npu_tp.loops import take_results_off, use_quiet_epoch_loop
+from lightning_npu_tp.loops import evaluate_without_inference_mode, take_results_off, use_quiet_epoch_loop
 from lightning_npu_tp.precision import precision_dtype, rebuild_precision
 from lightning_npu_tp.process_group import close_process_group, host_watch, open_process_group
 from lightning_npu_tp.recompute import Recompute
@@ -370,6 +370,8 @@ class NPUTensorParallelStrategy(CheckpointHooks):
             self.setup_optimizers(trainer)
             plain = module_setup.plain_parameters(module)
             module_setup.choose_implementations(self.optimizers, plain, self.root_device.type)
+        if self.layout.data > 1:
+            evaluate_without_inference_mode(trainer)
         self.setup_precision_plugin()
         if trainer.state.fn == TrainerFn.FITTING:
             _optimizers_to_device(self.optimizers, self.root_device)
