@@ -33,6 +33,11 @@ def train(config: DictConfig) -> float | None:
     from lit_models.run_folder import claim, explain_write_errors, goes_on, is_follower
     from lit_models.summary import summary
 
+    # Lightning's and torch_npu's own uses of torch names that are going away: nothing that a user could mend. Not
+    # earlier, for torch_npu puts filters of its own before these when it is loaded.
+    for gone in (".*LeafSpec", "TypedStorage is deprecated"):
+        warnings.filterwarnings("ignore", gone)
+
     folder = Path(config.run_dir)
     checkpoint = "auto" if goes_on(config) else config.ckpt_path
     extra = [ContinueRun(continues=checkpoint == "auto")]
@@ -89,8 +94,6 @@ if __name__ == "__main__":
     # The CPU's OpenMP threads spin while they wait for each other. Beside any other busy process that made this job
     # ten times slower; sleeping costs little on an idle machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # Lightning's own use of a torch name that is going away: nothing that a user could mend.
-    warnings.filterwarnings("ignore", ".*LeafSpec")
 
     from lit_models.run_folder import register_resolvers
 

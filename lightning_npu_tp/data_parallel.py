@@ -128,6 +128,16 @@ def reduce_gradients(root: nn.Module, enabled: bool) -> None:
         module.set_requires_gradient_sync(enabled)
 
 
+def abandon_step(root: nn.Module) -> None:
+    """Let FSDP forget a forward or backward pass that an error ended, and its gradients: parameters are slices again.
+
+    Before torch 2.13 there is no way to.
+    """
+    for module in owned_by_fsdp(root):
+        if hasattr(module, "reset_iter_state"):
+            module.reset_iter_state()
+
+
 def rebind_groups(root: nn.Module | None) -> None:
     """Let FSDP use the process groups of now: it holds those of the process group that it was set up in."""
     for info in _mesh_infos(root):

@@ -23,7 +23,7 @@ from lightning_npu_tp.activations import fused_by
 from lightning_npu_tp.convert import find_models
 from lightning_npu_tp.errors import LightningNPUTPError, RankFailure
 from lightning_npu_tp.families.registry import FAMILIES
-from lightning_npu_tp.fitting import Run, Told, in_words, kept_for_the_run, read_numbers, sizes_of, suggestions
+from lightning_npu_tp.fitting import Run, Told, in_words, kept_for_the_run, needed, read_numbers, sizes_of, suggestions
 from lightning_npu_tp.hccl.fault_table import MEMORY, Fault
 from lightning_npu_tp.hccl.faults import DeviceFault, called, explain
 from lightning_npu_tp.hccl.process_log import logged_errors
@@ -33,6 +33,7 @@ from lightning_npu_tp.plan import match_plan
 from lightning_npu_tp.region import local
 
 _REMEDIES = "By arithmetic any one of these would fit"
+_ALLOCATORS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_NPU_ALLOC_CONF")
 _LIBRARIES = Path(sysconfig.get_paths()["purelib"])
 # On a CPU a broken pipe is that of `train.py | head`, or of a data loader.
 _ON_CARDS_ONLY = ("BrokenPipe",)
@@ -101,12 +102,12 @@ def _memory_story(told: Told, error: BaseException, trainer: Any) -> str:
     if told.allocated is not None:
         parts.append(f"activations and buffers {in_words(rest)}")
     sentences = [f"This rank held: {', '.join(parts)}."]
-    if told.in_pieces:
+    run = describe_run(trainer, _batch_shape(error.__traceback__), seen=rest + (told.requested or 0))
+    if told.in_pieces and not _expandable() and (run is None or told.usable is None or needed(run) <= told.usable):
         sentences.append(
             "The allocator's cache was large enough, but in pieces: strategy.hccl.expandable_segments=true on Ascend, "
             "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True on CUDA, may be all that it takes."
         )
-    run = describe_run(trainer, _batch_shape(error.__traceback__), seen=rest + (told.requested or 0))
     if run is None or told.usable is None:
         return " ".join(sentences)
     if run.batch:
@@ -123,6 +124,12 @@ def _memory_story(told: Told, error: BaseException, trainer: Any) -> str:
     elif run.batch:
         sentences.append("By arithmetic no single setting would make it fit; combine them.")
     return " ".join(sentences)
+
+
+def _expandable() -> bool:
+    """Whether the allocator has been told to grow its pieces."""
+    settings = (os.environ.get(name, "") for name in _ALLOCATORS)
+    return any("expandable_segments:true" in setting.lower().replace(" ", "") for setting in settings)
 
 
 def describe_run(trainer: Any, batch_shape: tuple[int, int] | None, *, seen: int = 0) -> Run | None:

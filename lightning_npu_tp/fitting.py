@@ -61,18 +61,20 @@ class Told:
 def read_numbers(text: str) -> Told:
     """The sizes in an out-of-memory text of torch_npu or of torch's CUDA allocator."""
 
-    def size(pattern: str) -> int | None:
-        match = re.search(pattern.format(size=_SIZE), text)
-        return None if match is None else int(float(match.group(1)) * _UNITS.get(match.group(2), 1))
+    def size(*patterns: str) -> int | None:
+        for pattern in patterns:
+            if match := re.search(pattern.format(size=_SIZE), text):
+                return int(float(match.group(1)) * _UNITS.get(match.group(2), 1))
+        return None
 
-    allocated = size("{size} already allocated") or size("{size} is allocated by PyTorch")
+    allocated = size("{size} already allocated", "{size} is allocated by PyTorch")
     reserved, cached = size("{size} reserved in total"), size("{size} is reserved by PyTorch but unallocated")
     if reserved is None and allocated is not None and cached is not None:
         reserved = allocated + cached
     return Told(
         requested=size("Tried to allocate {size}"),
-        total=size("{size} total capacity") or size("total capacity of {size}"),
-        free=size("{size} free") or size("of which {size} is free"),
+        total=size("{size} total capacity", "total capacity of {size}"),
+        free=size("{size} free", "of which {size} is free"),
         allocated=allocated,
         reserved=reserved,
     )
@@ -183,13 +185,16 @@ def _step(run: Run) -> int:
 def suggestions(run: Run, usable: int) -> list[str]:
     """Settings that would fit into `usable` bytes, each alone, the smallest change first, with what it needs.
 
+    Fewer sequences in a forward pass and other layouts are such that a step still sees the same ones.
+
     usable: bytes of the device for this process.
     """
     limit = int(usable * _USABLE)
     found = []
-    fewer = (replace(run, batch=batch, accumulates=True) for batch in range(run.batch - 1, 0, -1))
+    # Parts of the same size, so that a step sees what it saw.
+    fewer = (replace(run, batch=run.batch // parts, accumulates=True) for parts in divisors(run.batch) if parts > 1)
     if smaller := next((other for other in fewer if _predicted(run, other) <= limit), None):
-        times = -(-run.batch // smaller.batch)
+        times = run.batch // smaller.batch
         found.append(
             f"data.batch_size={smaller.batch} with trainer.accumulate_grad_batches={times} times what it is"
             f"{_about(run, smaller)}"
@@ -206,7 +211,8 @@ def suggestions(run: Run, usable: int) -> list[str]:
     if layout := _fitting_layout(run, limit):
         sizes = f"{layout.layout.data}, {layout.layout.tensor} and {layout.layout.expert}"
         devices = "" if layout.layout.world == run.layout.world else f" on {layout.layout.world} devices"
-        found.append(f"strategy's data, tensor and expert_parallel_size={sizes}{devices}{_about(run, layout)}")
+        batch = "" if layout.batch == run.batch else f" with data.batch_size={layout.batch}"
+        found.append(f"strategy's data, tensor and expert_parallel_size={sizes}{devices}{batch}{_about(run, layout)}")
     if run.bytes_per_element == 4:
         narrow = replace(run, bytes_per_element=2, activation_bytes=2)
         if _predicted(run, narrow) <= limit:
@@ -266,12 +272,15 @@ def _more_recompute(run: Run) -> tuple[Recompute, ...]:
 
 
 def _fitting_layout(run: Run, limit: int) -> Run | None:
-    """The layout with the fewest devices that fits, of those the one with the fewest tensor and expert ranks."""
-    times = 1
+    """The layout with the fewest devices that fits, of those the one with the fewest tensor and expert ranks.
+
+    Its data ranks share the sequences that a step has now.
+    """
+    times, sequences = 1, run.batch * run.layout.data
     while times <= _MOST_TIMES_THE_DEVICES:
         for layout in _layouts(run, run.layout.world * times):
-            other = replace(run, layout=layout)
-            if _predicted(run, other) <= limit:
+            other = replace(run, layout=layout, batch=sequences // layout.data)
+            if sequences % layout.data == 0 and _predicted(run, other) <= limit:
                 return other
         times *= 2
     return None

@@ -42,6 +42,7 @@ from lightning_npu_tp.collectives import group_size
 from lightning_npu_tp.convert import Options, adopt, convert, materialize_rest
 from lightning_npu_tp.data_parallel import (
     DataParallel,
+    abandon_step,
     average_plain_gradients,
     rebind_groups,
     reduce_gradients,
@@ -442,6 +443,8 @@ class NPUTensorParallelStrategy(CheckpointHooks):
         def module_to_cpu() -> None:
             # After a failed conversion there is nothing to move, and the attempt would hide why it failed.
             if module is not None and not any(parameter.is_meta for parameter in module.parameters()):
+                if failing:
+                    abandon_step(module)
                 module.cpu()
 
         to_cpu = (lambda: _optimizers_to_device(self.optimizers, torch.device("cpu")), module_to_cpu)

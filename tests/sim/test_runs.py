@@ -1,7 +1,8 @@
 """Whole runs on simulated cards: faults at places of a run, and a rehearsal summed up.
 
-Catches a fault that is not explained, a run that hangs or leaves something behind, a checkpoint that a fault damages,
-and a rehearsal that misses what its processes did. `benchmarks/fault_matrix.py` runs every code; here are two.
+Catches a default that does not work on cards or speaks of what no user can mend, a fault that is not explained, a run
+that hangs or leaves something behind, a checkpoint that a fault damages, and a rehearsal that misses what its processes
+did. `benchmarks/fault_matrix.py` runs every code; here are two.
 """
 
 from __future__ import annotations
@@ -19,6 +20,22 @@ def run(*command: str, timeout: float) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=timeout, env=dict(os.environ)
     )
+
+
+def test_the_default_job_on_two_data_ranks_writes_its_files_and_warns_of_nothing(tmp_path: Path) -> None:
+    """As a user gives it: all callbacks and loggers, validations before and after."""
+    folder = tmp_path / "run"
+    cards = ("trainer.accelerator=npu", "trainer.devices=2", "strategy.data_parallel_size=2")
+    short = ("trainer.max_steps=3", "trainer.limit_val_batches=1", "data.batch_size=2", "data.max_tokens=50000")
+    given = ("run", "-n", "4", "train.py", *cards, *short, f"hydra.run.dir={folder}")
+    done = run("-m", "ascend_sim", *given, timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    before, after = (line.split() for line in done.stdout.splitlines() if line.startswith("validation "))
+    assert float(after[after.index("loss") + 1]) < float(before[before.index("loss") + 1])
+    assert (folder / "loss.png").stat().st_size and (folder / "checkpoints" / "last.ckpt").is_dir()
+    assert list((folder / "tensorboard").rglob("events*"))
+    python = [line for line in done.stderr.splitlines() if ".py:" in line]
+    assert not python, python
 
 
 def test_a_fault_ends_all_ranks_with_cause_and_remedy_and_a_whole_checkpoint(tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
 """The default job on four simulated cards, through the real torch_npu and its ProcessGroupHCCL, against the CPU.
 
 Catches what only shows where device, groups and kernels meet: a group that HCCL cannot make, a fused kernel that
-a layout uses differently, a step that falls to the CPU, waits for the host or differentiates what has no gradient.
+a layout uses differently, a step that falls to the CPU, waits for the host or differentiates what has no gradient, and
+what a validation before the first step leaves to be trained.
 Each layout trains as `train.py` does; the ranks are kept between layouts, so that importing is paid once.
 """
 
@@ -75,7 +76,6 @@ def compose(folder: str, overrides: dict[str, Any]) -> Any:
             "callbacks.checkpoint": "null",
             "callbacks.progress": "null",
             "logger": "csv",
-            "validate_before": "false",
             **overrides,
         }
         return compose("train", overrides=[f"{name}={value}" for name, value in given.items()])
@@ -197,17 +197,3 @@ def test_groups_have_the_buffers_and_the_time_that_they_were_given(on_ranks: Any
     for found in on_ranks(groups, 4, backend=None, timeout=120):
         assert {name: size for name, (size, _) in found.items()} == {"world": 16, "tensor": 32, "data": None}
         assert all(1800 <= seconds < 1802 for _, seconds in found.values()), found
-
-
-def validated_first(rank: int, world_size: int, folder: str) -> float:
-    sys.path.insert(0, str(ROOT))
-    import train
-
-    sharded = {**ON_FOUR, **LAYOUTS["data 4, experts 4"], "validate_before": "true", "trainer.max_steps": 1}
-    return train.train(compose(folder, sharded))
-
-
-def test_data_ranks_train_after_a_validation_before_the_first_step(on_ranks: Any, tmp_path: Path) -> None:
-    """As the default job does; what FSDP gathered in inference mode could not be trained."""
-    losses = on_ranks(validated_first, 4, str(tmp_path / "run"), backend=None, timeout=120)
-    assert len(set(losses)) == 1 and losses[0] > 0

@@ -232,9 +232,17 @@ def test_out_of_memory_tells_what_held_it_and_what_would_fit() -> None:
     assert "cache was large enough" not in message
 
 
-def test_memory_in_pieces_is_told_apart_and_a_card_too_small_for_the_weights() -> None:
+def test_memory_in_pieces_is_told_apart_and_a_card_too_small_for_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     pieces = fit_and_fail(NPU_TEXT)
     assert "in pieces: strategy.hccl.expandable_segments=true" in str(pieces)
+    # These runs need more than 3 MiB, also in one piece.
+    little = (
+        "NPU out of memory. Tried to allocate 2.00 MiB (NPU 0; 6.00 MiB total capacity; 0.90 MiB already allocated; "
+        "0.90 MiB current active; 0 bytes free; 3.00 MiB reserved in total by PyTorch)"
+    )
+    assert "in pieces" not in str(fit_and_fail(little)) and "By arithmetic" in str(fit_and_fail(little))
+    monkeypatch.setenv("PYTORCH_NPU_ALLOC_CONF", "max_split_size_mb:64, expandable_segments: True")
+    assert "in pieces" not in str(fit_and_fail(NPU_TEXT))
     small = fit_and_fail(
         "CUDA out of memory. Tried to allocate 10.00 KiB. GPU 0 has a total capacity of 100.00 KiB of which 50.00 KiB "
         "is free. Of the allocated memory 40.00 KiB is allocated by PyTorch, and 5.00 KiB is reserved by PyTorch but "

@@ -51,6 +51,8 @@ def test_sizes_are_read_from_both_allocators_texts() -> None:
     assert (cuda.requested, cuda.total, cuda.free) == (GIB // 2, int(79.25 * GIB), GIB // 4)
     assert (cuda.allocated, cuda.reserved) == (77 * GIB, int(78.25 * GIB))
     assert npu.in_pieces and cuda.in_pieces and not replace(cuda, requested=2 * GIB).in_pieces
+    full = read_numbers(NPU_TEXT.replace("764.00 MiB free", "0 bytes free"))
+    assert full.free == 0 and full.usable == int(44.25 * GIB)
     nothing = read_numbers("CUDA error: out of memory")
     assert nothing.usable is None and not nothing.in_pieces
 
@@ -96,12 +98,16 @@ def lite() -> Run:
     )
 
 
-def test_the_largest_batch_that_fits_is_named(lite: Run) -> None:
-    usable = int(needed(replace(lite, batch=3)) / 0.95) + 1
-    text = next(line for line in suggestions(lite, usable) if line.startswith("data.batch_size"))
+def test_the_largest_equal_parts_of_the_batch_that_fit_are_named(lite: Run) -> None:
+    nine = replace(lite, batch=9)
+    # Four would fit, but no number of them is nine.
+    usable = int(needed(replace(lite, batch=4)) / 0.95) + 1
+    text = next(line for line in suggestions(nine, usable) if line.startswith("data.batch_size"))
     assert text.startswith("data.batch_size=3 with trainer.accumulate_grad_batches=3 times")
-    assert needed(replace(lite, batch=4)) > 0.95 * usable >= needed(replace(lite, batch=3))
     assert f"{needed(replace(lite, batch=3)) / GIB:.1f} GiB" in text
+    exact = needed(replace(lite, batch=4))
+    tight = next(line for line in suggestions(lite, exact + 1) if line.startswith("data.batch_size"))
+    assert tight.startswith("data.batch_size=2 "), "no allocator can use the last byte"
 
 
 def test_recompute_and_length_are_named_where_they_are_enough(lite: Run) -> None:
@@ -131,23 +137,34 @@ def test_where_no_batch_is_small_enough_a_layout_with_the_fewest_devices_is_name
 
 def test_no_layout_that_would_cut_a_head_or_an_expert_is_named(lite: Run) -> None:
     # 14 devices: 16 heads are not split by 7, nor 64 experts.
-    run = replace(lite, layout=Layout(data=14, tensor=1, expert=1), batch=1, length=256)
+    run = replace(lite, layout=Layout(data=14, tensor=1, expert=1), batch=16, length=256)
     for usable in (4 * GIB, 8 * GIB, 12 * GIB):
         for line in suggestions(run, usable):
             if "parallel_size" in line:
-                text = line.split("=")[1].split(" (")[0].split(" on ")[0].replace("and", ",")
+                text = line.split("=")[1].split(" (")[0].split(" on ")[0].split(" with ")[0].replace("and", ",")
                 data, tensor, expert = (int(part) for part in text.split(","))
                 assert 16 % tensor == 0 and 64 % expert == 0 and expert % tensor == 0, line
     # Three heads: no tensor rank beside the first, though two would fit.
     run = replace(
-        run, units={"head": 3, "expert": 64}, layout=Layout(data=1, tensor=1, expert=1), data_parallel="replicate"
+        run,
+        units={"head": 3, "expert": 64},
+        layout=Layout(data=1, tensor=1, expert=1),
+        data_parallel="replicate",
+        batch=4,
     )
     usable = int(needed(replace(run, layout=Layout(data=1, tensor=2, expert=2))) / 0.95) + 1
     (line,) = [line for line in suggestions(run, usable) if "parallel_size" in line]
-    assert "_size=4, 1 and 4 on 4 devices" in line
-    exact = needed(replace(lite, batch=3))
-    tight = next(line for line in suggestions(lite, exact + 1) if line.startswith("data.batch_size"))
-    assert tight.startswith("data.batch_size=2 "), "no allocator can use the last byte"
+    assert "_size=4, 1 and 4 on 4 devices with data.batch_size=1 " in line
+    # A step of three sequences is not divided by four ranks, nor is it another one.
+    assert not any("_size=4" in line for line in suggestions(replace(run, batch=3), usable))
+
+
+def test_a_layout_of_fewer_data_ranks_takes_their_sequences(lite: Run) -> None:
+    run = replace(lite, layout=Layout(data=2, tensor=1, expert=1), batch=2, length=256, data_parallel="replicate")
+    other = replace(run, layout=Layout(data=1, tensor=2, expert=2))
+    for batch, names in ((4, True), (2, False)):
+        lines = suggestions(run, int(needed(replace(other, batch=batch)) / 0.95) + 1)
+        assert any("_size=1, 2 and 2 with data.batch_size=4 (" in line for line in lines) == names, lines
 
 
 def test_half_the_bytes_are_offered_to_a_run_in_float32(lite: Run) -> None:
@@ -160,11 +177,11 @@ def test_half_the_bytes_are_offered_to_a_run_in_float32(lite: Run) -> None:
 def test_what_was_seen_raises_the_prediction_in_proportion(lite: Run) -> None:
     more = replace(lite, seen=2 * activations(lite))
     assert needed(more) - needed(lite) == activations(lite)
-    usable = int(needed(replace(lite, batch=6)) / 0.95) + 1
+    usable = int(needed(replace(lite, batch=4)) / 0.95) + 1
     seen, unseen = (
         next(line for line in suggestions(run, usable) if line.startswith("data.batch_size")) for run in (more, lite)
     )
-    assert unseen.startswith("data.batch_size=6 ") and seen.startswith("data.batch_size=3 ")
+    assert unseen.startswith("data.batch_size=4 ") and seen.startswith("data.batch_size=2 ")
 
 
 def test_data_ranks_add_the_layer_that_is_gathered(lite: Run) -> None:
@@ -191,8 +208,8 @@ def test_gradients_of_several_micro_batches_wait_whole(lite: Run, fused: frozens
     assert waiting == pytest.approx(whole * 3 / 4, rel=0.1)
     # So a smaller batch with micro-batches is not offered where it would need more.
     usable = int(needed(replace(spread, batch=1)) / 0.95) + 1
-    assert not any("batch_size" in line for line in suggestions(spread, usable))
-    assert any("batch_size=1 " in line for line in suggestions(spread, int(usable + 1.1 * waiting)))
+    assert not any(line.startswith("data.batch_size") for line in suggestions(spread, usable))
+    assert any(line.startswith("data.batch_size=1 ") for line in suggestions(spread, int(usable + 1.1 * waiting)))
     one = replace(lite, layout=Layout(data=1, tensor=4, expert=4), length=256, batch=2)
     assert needed(replace(one, accumulates=True)) == needed(one)
 
