@@ -155,6 +155,7 @@ class NPUTensorParallelStrategy(CheckpointHooks):
         self._timeout = timedelta(seconds=timeout_s)
         self._hccl = hccl
         self._hccl_report: SettingsReport | None = None
+        self._hccl_told: list[str] = []
         self._set_up_checkpoints(
             CheckpointSettings(
                 sharded=save_distributed_checkpoint,
@@ -285,8 +286,10 @@ class NPUTensorParallelStrategy(CheckpointHooks):
         close_process_group()
         if self._hccl is not None and self.root_device.type == NPU:
             self._hccl_report = self._hccl.apply()
-            for line in self._hccl_report.lines():
-                rank_zero_info(line)
+            if (lines := self._hccl_report.lines()) != self._hccl_told:
+                # Once, not for each trainer call.
+                self._hccl_told = lines
+                rank_zero_info("\n".join(lines))
         backend = self._backend or backend_for(self.root_device.type)
         assert self.cluster_environment is not None
         hccl = self._hccl or HcclSettings()
