@@ -143,27 +143,30 @@ class Structure:
     parameters: int
     active: int
     plan: Plan = field(repr=False)
+    # A head that is the embedding has none of its own.
+    shapes: dict[str, tuple[int, ...]] = field(repr=False)
 
     @classmethod
     def of(cls, config: Any) -> Structure:
         """Of a config; takes no memory. Raises ConversionError and ConfigError for what cannot be converted."""
         plan, sizes = plan_of(config), ModelSizes.of(config)
         tied = {"lm_head.weight"} if getattr(config, "tie_word_embeddings", False) else set()
-        counts = {name: prod(shape) for name, shape in plan.shapes.items() if name not in tied}
+        shapes = {name: shape for name, shape in plan.shapes.items() if name not in tied}
+        counts = {name: prod(shape) for name, shape in shapes.items()}
         idle = sum(
             number // sizes.experts * (sizes.experts - sizes.picks)
             for name, number in counts.items()
             if plan.rules[name].axis == "expert" and plan.rules[name].dim is not None
         )
         total = sum(counts.values())
-        return cls(plan.family.name, sizes, total, total - idle, plan)
+        return cls(plan.family.name, sizes, total, total - idle, plan, shapes)
 
     def run(self, config: Any, layout: Layout, options: Options, dtype: str, rows: int, length: int) -> Run:
         """For the arithmetic of memory: a step without an optimizer."""
         width = DTYPES[dtype].itemsize
         return Run(
             sizes=self.sizes,
-            shapes=self.plan.shapes,
+            shapes=self.shapes,
             rules=self.plan.rules,
             units=self.plan.family.units(config),
             layout=layout,

@@ -23,6 +23,7 @@ from lightning_npu_tp import checking, host_memory
 from lightning_npu_tp.cli import app
 from lightning_npu_tp.convert import Options
 from lightning_npu_tp.errors import ConfigError, DeviceError
+from lightning_npu_tp.fitting import kept_for_the_run
 from lightning_npu_tp.layout import Layout
 from lightning_npu_tp.testing import ranks
 from lightning_npu_tp.testing.models import tiny_config
@@ -178,6 +179,16 @@ def test_more_of_everything_needs_more_memory() -> None:
     assert checking.alone_bytes(four, backward=True) == one
     assert weights < checking.alone_bytes(four, backward=False) < one
     assert checking.alone_bytes(run(Layout(1, 1, 1), dtype="float64"), backward=True) > one
+
+
+def test_a_head_that_is_the_embedding_needs_memory_once() -> None:
+    def kept(*, tied: bool) -> int:
+        config = tiny_config("llama", tie_word_embeddings=tied)
+        return kept_for_the_run(checking.Structure.of(config).run(config, Layout(1, 1, 1), Options(), "float32", 2, 64))
+
+    config = tiny_config("llama")
+    # Its weights and their gradients.
+    assert kept(tied=False) - kept(tied=True) == 2 * 4 * config.vocab_size * config.hidden_size
 
 
 def test_the_peak_of_a_stretch_of_work_is_seen() -> None:
