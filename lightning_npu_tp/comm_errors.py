@@ -84,9 +84,12 @@ def _operation(traceback: TracebackType | None) -> tuple[str, dist.ProcessGroup 
 
 
 def _frames(traceback: TracebackType | None) -> Iterator[FrameType]:
-    while traceback is not None:
+    """The frames that an error came through, outermost first.
+
+    Not the one that handles it: looking at its variables would let that frame hold the error for good.
+    """
+    while traceback is not None and (traceback := traceback.tb_next) is not None:
         yield traceback.tb_frame
-        traceback = traceback.tb_next
 
 
 def _group_further_out(frames: list[FrameType], frame: FrameType) -> dist.ProcessGroup | None:

@@ -192,7 +192,8 @@ def _place(traceback: TracebackType | None) -> str:
 
 def _batch_shape(traceback: TracebackType | None) -> tuple[int, int] | None:
     """Shape of the token ids of the batch at work, from the frames that the error came through."""
-    for frame, _ in _frames(traceback):
+    # Not the first, which handles the error: looking at its variables would let it hold the error for good.
+    for frame, _ in _frames(traceback and traceback.tb_next):
         for value in frame.f_locals.values():
             tokens = value.get("input_ids") if isinstance(value, Mapping) else None
             if isinstance(tokens, Tensor) and tokens.ndim == 2:

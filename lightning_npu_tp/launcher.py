@@ -143,9 +143,14 @@ class ProcessLauncher(_SubprocessScriptLauncher):
                 # Here, because Lightning's teardown, which closes the groups, comes further out.
                 heard_of_launch_queue(error)
                 explained = explain(error, host_watch()) or explain_device_error(error, trainer)
-                if explained is not None:
-                    raise explained from error
-                raise
+                try:
+                    if explained is not None:
+                        raise explained from error
+                    raise
+                finally:
+                    # The error knows this frame. Knowing each other they would keep what the failed step held on the
+                    # card until Python collects cycles, and a smaller batch that is tried next would not fit.
+                    del explained
 
     @contextlib.contextmanager
     def _watched(self) -> Iterator[None]:

@@ -5,7 +5,9 @@ rank taken for a lost peer.
 
 from __future__ import annotations
 
+import gc
 import os
+import weakref
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -156,20 +158,20 @@ CONFIG = {
 
 
 class Fails(LitCausalLM):
-    """Raises `text` in the second training step."""
+    """Raises `text` in the second training step, which holds a tensor."""
 
     text = ""
+    held: weakref.ref[torch.Tensor] | None = None
 
     def training_step(self, batch, batch_idx):
         if batch_idx == 1:
+            activation = torch.ones(1)
+            self.held = weakref.ref(activation)
             raise RuntimeError(self.text)
         return super().training_step(batch, batch_idx)
 
 
-def fit_and_fail(text: str, *, accumulate: int = 1, **model_of: Any) -> BaseException:
-    model_of = {"architecture": "deepseek_v2", "config": CONFIG, **model_of}
-    model = Fails(**model_of, optimizer=partial(torch.optim.AdamW, lr=1e-3))
-    model.text = text
+def fit(model: Fails, *, accumulate: int = 1) -> None:
     rows = [{"input_ids": ids, "labels": ids} for ids in torch.randint(0, 64, (4, 4, 128))]
     trainer = Trainer(
         accelerator="cpu",
@@ -182,8 +184,19 @@ def fit_and_fail(text: str, *, accumulate: int = 1, **model_of: Any) -> BaseExce
         enable_progress_bar=False,
         enable_model_summary=False,
     )
+    trainer.fit(model, torch.utils.data.DataLoader(rows, batch_size=None))
+
+
+def that_fails(text: str, **model_of: Any) -> Fails:
+    model_of = {"architecture": "deepseek_v2", "config": CONFIG, **model_of}
+    model = Fails(**model_of, optimizer=partial(torch.optim.AdamW, lr=1e-3))
+    model.text = text
+    return model
+
+
+def fit_and_fail(text: str, *, accumulate: int = 1, **model_of: Any) -> BaseException:
     with pytest.raises(RuntimeError) as caught:
-        trainer.fit(model, torch.utils.data.DataLoader(rows, batch_size=None))
+        fit(that_fails(text, **model_of), accumulate=accumulate)
     return caught.value
 
 
@@ -204,6 +217,21 @@ TIED = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
     "num_key_value_heads": 2, "head_dim": 16, "tie_word_embeddings": True,
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("text", [SMALL_CARD, "of no known kind"])
+def test_an_error_that_was_caught_holds_nothing_of_the_step(text: str) -> None:
+    """Without Python's collector of cycles: another batch may be tried at once, and needs the memory."""
+    model, told = that_fails(text), ""
+    gc.collect()
+    gc.disable()
+    try:
+        fit(model)
+    except RuntimeError as error:
+        told = str(error)
+    finally:
+        gc.enable()
+    assert text in told and model.held is not None and model.held() is None
 
 
 def test_a_head_that_is_the_embedding_keeps_no_remedy_from_being_told() -> None:
