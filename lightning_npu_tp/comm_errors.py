@@ -10,11 +10,11 @@ HCCL in the text means is `hccl/faults.py`'s; errors of the device that a collec
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from types import FrameType, TracebackType
 
 import torch.distributed as dist
 
+from lightning_npu_tp.frames import frames_of
 from lightning_npu_tp.hccl.faults import explain as explain_code
 from lightning_npu_tp.hccl.faults import is_communication
 from lightning_npu_tp.host_watch import Answer, HostWatch
@@ -71,7 +71,7 @@ def explain(error: BaseException, watch: HostWatch | None) -> CommunicationError
 
 def _operation(traceback: TracebackType | None) -> tuple[str, dist.ProcessGroup | None] | None:
     """Name and group of the innermost collective in a traceback; None if it never was in torch.distributed."""
-    frames = list(_frames(traceback))
+    frames = [frame for frame, _ in frames_of(traceback)]
     for frame in reversed(frames):
         file = frame.f_code.co_filename.replace("\\", "/")
         if "torch/distributed/" in file and not file.endswith(_WRAPPERS):
@@ -81,15 +81,6 @@ def _operation(traceback: TracebackType | None) -> tuple[str, dist.ProcessGroup 
         if (group := _group_in(frame)) is not None:
             return f"the operation waited for in {frame.f_code.co_name}", group
     return None
-
-
-def _frames(traceback: TracebackType | None) -> Iterator[FrameType]:
-    """The frames that an error came through, outermost first.
-
-    Not the one that handles it: looking at its variables would let that frame hold the error for good.
-    """
-    while traceback is not None and (traceback := traceback.tb_next) is not None:
-        yield traceback.tb_frame
 
 
 def _group_further_out(frames: list[FrameType], frame: FrameType) -> dist.ProcessGroup | None:

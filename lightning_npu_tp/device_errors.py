@@ -13,7 +13,7 @@ import socket
 import sysconfig
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -24,6 +24,8 @@ from lightning_npu_tp.convert import find_models
 from lightning_npu_tp.errors import LightningNPUTPError, RankFailure
 from lightning_npu_tp.families.registry import FAMILIES
 from lightning_npu_tp.fitting import Run, Told, in_words, kept_for_the_run, needed, read_numbers, sizes_of, suggestions
+from lightning_npu_tp.frames import frames_of
+from lightning_npu_tp.hccl.env import ALLOC_CONF, OTHER_ALLOC_CONF
 from lightning_npu_tp.hccl.fault_table import MEMORY, Fault
 from lightning_npu_tp.hccl.faults import DeviceFault, called, explain
 from lightning_npu_tp.hccl.process_log import logged_errors
@@ -33,7 +35,7 @@ from lightning_npu_tp.plan import match_plan
 from lightning_npu_tp.region import local
 
 _REMEDIES = "By arithmetic any one of these would fit"
-_ALLOCATORS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_NPU_ALLOC_CONF")
+_ALLOCATORS = (ALLOC_CONF, OTHER_ALLOC_CONF, "PYTORCH_CUDA_ALLOC_CONF")
 _LIBRARIES = Path(sysconfig.get_paths()["purelib"])
 # On a CPU a broken pipe is that of `train.py | head`, or of a data loader.
 _ON_CARDS_ONLY = ("BrokenPipe",)
@@ -183,7 +185,7 @@ def describe_run(trainer: Any, batch_shape: tuple[int, int] | None, *, seen: int
 
 def _place(traceback: TracebackType | None) -> str:
     """Function, file and line of the innermost frame that is not an installed library's."""
-    own = [frame for frame in _frames(traceback) if not Path(frame[0].f_code.co_filename).is_relative_to(_LIBRARIES)]
+    own = [frame for frame in frames_of(traceback) if not Path(frame[0].f_code.co_filename).is_relative_to(_LIBRARIES)]
     if not own:
         return "A call of the device"
     frame, line = own[-1]
@@ -192,19 +194,12 @@ def _place(traceback: TracebackType | None) -> str:
 
 def _batch_shape(traceback: TracebackType | None) -> tuple[int, int] | None:
     """Shape of the token ids of the batch at work, from the frames that the error came through."""
-    # Not the first, which handles the error: looking at its variables would let it hold the error for good.
-    for frame, _ in _frames(traceback and traceback.tb_next):
+    for frame, _ in frames_of(traceback):
         for value in frame.f_locals.values():
             tokens = value.get("input_ids") if isinstance(value, Mapping) else None
             if isinstance(tokens, Tensor) and tokens.ndim == 2:
                 return int(tokens.shape[0]), int(tokens.shape[1])
     return None
-
-
-def _frames(traceback: TracebackType | None) -> Iterator[tuple[FrameType, int]]:
-    while traceback is not None:
-        yield traceback.tb_frame, traceback.tb_lineno
-        traceback = traceback.tb_next
 
 
 def _optimizer_tensors(trainer: Any) -> Iterator[Tensor]:

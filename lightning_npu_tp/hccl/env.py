@@ -19,7 +19,7 @@ from typing import Any, Literal
 from lightning_npu_tp.errors import ConfigError
 
 ALLOC_CONF = "PYTORCH_NPU_ALLOC_CONF"
-_OTHER_ALLOC_CONF = "PYTORCH_ALLOC_CONF"
+OTHER_ALLOC_CONF = "PYTORCH_ALLOC_CONF"
 _DEFAULT_EXEC_TIMEOUT_S = 1836
 _DEFAULT_EVENT_TIMEOUT_S = 1868
 # The groups of a run: all ranks, and the axes of the layout.
@@ -160,9 +160,9 @@ class HcclSettings:
         """
         environ = os.environ if environ is None else environ
         wanted = self.to_environment()
-        if ALLOC_CONF in wanted and _OTHER_ALLOC_CONF in environ:
+        if ALLOC_CONF in wanted and OTHER_ALLOC_CONF in environ:
             raise ConfigError(
-                f"{_OTHER_ALLOC_CONF}={environ[_OTHER_ALLOC_CONF]!r} is exported, and the allocator settings of "
+                f"{OTHER_ALLOC_CONF}={environ[OTHER_ALLOC_CONF]!r} is exported, and the allocator settings of "
                 f"strategy.hccl would set {ALLOC_CONF} as well, which torch_npu refuses. Unset the variable, or "
                 f"remove expandable_segments, max_split_size_mb and garbage_collection_threshold."
             )
