@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     from lightning_npu_tp.errors import DataError, LightningNPUTPError
     from lit_models.data.show import show_batch
-    from lit_models.instantiate import build
+    from lit_models.run.instantiate import build
 
     try:
         with initialize_config_dir(str(Path(__file__).resolve().parent / "conf"), version_base="1.3"):

@@ -27,11 +27,11 @@ def train(config: DictConfig) -> float | None:
     from lightning import seed_everything
 
     from lightning_npu_tp.callbacks import ExportAtEnd
-    from lit_models.continued import ContinueRun
     from lit_models.data import check_vocabulary
-    from lit_models.instantiate import build, build_each
-    from lit_models.run_folder import claim, explain_write_errors, goes_on, is_follower
-    from lit_models.summary import summary
+    from lit_models.run.continued import ContinueRun
+    from lit_models.run.instantiate import build, build_each
+    from lit_models.run.run_folder import claim, explain_write_errors, goes_on, is_follower
+    from lit_models.run.summary import summary
 
     # Lightning's and torch_npu's own uses of torch names that are going away: nothing that a user could mend. Not
     # earlier, for torch_npu puts filters of its own before these when it is loaded.
@@ -77,7 +77,7 @@ def run(config: DictConfig) -> float | None:
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
     from lightning_npu_tp.errors import DeviceError, LightningNPUTPError
-    from lightning_npu_tp.sweep import run_job
+    from lightning_npu_tp.launch.sweep import run_job
 
     try:
         return run_job(train, config)
@@ -95,7 +95,7 @@ if __name__ == "__main__":
     # ten times slower; sleeping costs little on an idle machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-    from lit_models.run_folder import register_resolvers
+    from lit_models.run.run_folder import register_resolvers
 
     register_resolvers()
     run()

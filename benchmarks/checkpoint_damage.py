@@ -31,7 +31,7 @@ from lightning_npu_tp.checkpoint.manifest import Manifest
 from lightning_npu_tp.checkpoint.peers import Peers
 from lightning_npu_tp.checkpoint.reader import open_checkpoint
 from lightning_npu_tp.errors import CheckpointError
-from lightning_npu_tp.testing.ranks import run_ranks
+from lightning_npu_tp.tools.testing.ranks import run_ranks
 
 
 def write_checkpoints(rank: int, world_size: int, folder: str) -> None:

@@ -34,7 +34,7 @@ from lightning_npu_tp.checkpoint.manifest import Manifest, read_manifest
 from lightning_npu_tp.checkpoint.peers import Peers
 from lightning_npu_tp.checkpoint.reader import open_checkpoint
 from lightning_npu_tp.checkpoint.saves import Saves
-from lightning_npu_tp.testing.ranks import run_ranks
+from lightning_npu_tp.tools.testing.ranks import run_ranks
 
 _BLOCK = 8 << 20
 _SIDE = 1024

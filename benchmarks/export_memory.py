@@ -22,8 +22,8 @@ import psutil
 import torch
 from transformers import AutoModelForCausalLM, DeepseekV2Config
 
-from lightning_npu_tp.checkpoint import export as exporting
 from lightning_npu_tp.checkpoint import training_state
+from lightning_npu_tp.weights import export as exporting
 
 
 def anonymous() -> int:

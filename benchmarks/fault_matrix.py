@@ -47,7 +47,7 @@ from transformers import AutoModelForCausalLM, DeepseekV2Config  # noqa: E402
 
 from lightning_npu_tp import NPUTensorParallelStrategy  # noqa: E402
 from lightning_npu_tp.checkpoint.manifest import newest_complete  # noqa: E402
-from lightning_npu_tp.hccl.fault_table import COLLECTIVES, FAULTS, Fault  # noqa: E402
+from lightning_npu_tp.devices.fault_table import COLLECTIVES, FAULTS, Fault  # noqa: E402
 
 PLACES = ("connect", "forward", "backward", "save")
 CONFIG = {

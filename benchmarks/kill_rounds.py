@@ -33,8 +33,8 @@ import psutil
 import torch
 
 from lightning_npu_tp.checkpoint.manifest import newest_complete, read_manifest
-from lightning_npu_tp.checkpoint.sources import FolderSource, whole_bounds
-from lit_models.continued import points
+from lightning_npu_tp.weights.sources import FolderSource, whole_bounds
+from lit_models.run.continued import points
 
 ROOT = Path(__file__).parents[1]
 SMALL = (

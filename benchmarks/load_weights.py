@@ -35,12 +35,12 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lightning_npu_tp import weights_from
-from lightning_npu_tp.checkpoint.index import open_folder
-from lightning_npu_tp.convert import conversion_of, convert
-from lightning_npu_tp.families.registry import family_named
+from lightning_npu_tp.convert.convert import conversion_of, convert
 from lightning_npu_tp.kernels import select
-from lightning_npu_tp.layout import Groups, Layout, Meshes
-from lightning_npu_tp.testing.ranks import run_ranks
+from lightning_npu_tp.models.families.registry import family_named
+from lightning_npu_tp.parallel.layout import Groups, Layout, Meshes
+from lightning_npu_tp.tools.testing.ranks import run_ranks
+from lightning_npu_tp.weights.safetensors_reader import open_folder
 
 CONFIG = Path(__file__).parents[1] / "conf/model/deepseek_v2_lite.yaml"
 TENSOR = 4

@@ -1,4 +1,4 @@
-"""Peak of torch_npu's allocator in a training step against the package's own arithmetic (`memory.py`).
+"""Peak of torch_npu's allocator in a training step against the package's own arithmetic (`estimates/step_memory.py`).
 
     python -m ascend_sim run -n 2 -- benchmarks/memory_arithmetic.py --json benchmarks/results/memory_arithmetic.json
 
@@ -23,17 +23,17 @@ import torch.distributed as dist
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lightning_npu_tp import kernels
-from lightning_npu_tp.activations import Shape, fused_by
-from lightning_npu_tp.convert import Options, convert, find_models
-from lightning_npu_tp.data_parallel import reduce_gradients
-from lightning_npu_tp.device import backend_for, torch_module
-from lightning_npu_tp.families.registry import FAMILIES
-from lightning_npu_tp.layout import Groups, Layout, Meshes, resolve_dispatch
-from lightning_npu_tp.memory import Model, StepPeak, step_peak
-from lightning_npu_tp.moe.router import TopKRouter
-from lightning_npu_tp.plan import match_plan
-from lightning_npu_tp.sizes import ModelSizes
-from lightning_npu_tp.testing.ranks import run_ranks
+from lightning_npu_tp.convert.convert import Options, convert
+from lightning_npu_tp.convert.data_parallel import reduce_gradients
+from lightning_npu_tp.devices.device import backend_for, torch_module
+from lightning_npu_tp.estimates.layer_memory import Shape, fused_by
+from lightning_npu_tp.estimates.model_sizes import ModelSizes
+from lightning_npu_tp.estimates.step_memory import Model, StepPeak, step_peak
+from lightning_npu_tp.models.families.registry import FAMILIES, find_models
+from lightning_npu_tp.models.moe.router import TopKRouter
+from lightning_npu_tp.parallel.layout import Groups, Layout, Meshes, resolve_dispatch
+from lightning_npu_tp.parallel.plan import match_plan
+from lightning_npu_tp.tools.testing.ranks import run_ranks
 
 _DEEPSEEK: dict[str, Any] = {
     "vocab_size": 8192,

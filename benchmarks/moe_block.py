@@ -30,7 +30,7 @@ from transformers import DeepseekV2Config
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2MLP, DeepseekV2Moe
 
 from lightning_npu_tp.kernels import select
-from lightning_npu_tp.moe.block import MoEBlock
+from lightning_npu_tp.models.moe.block import MoEBlock
 
 MATMUL_SIZE = 2048
 MATMULS_PER_ROUND = 3

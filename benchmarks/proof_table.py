@@ -20,13 +20,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from lightning_npu_tp.checking import device_type
-from lightning_npu_tp.convert import Options
-from lightning_npu_tp.families.registry import FAMILIES
-from lightning_npu_tp.layout import Layout
-from lightning_npu_tp.prove import prove, widest
-from lightning_npu_tp.testing.models import tiny_config
-from lightning_npu_tp.testing.ranks import RankPool
+from lightning_npu_tp.convert.convert import Options
+from lightning_npu_tp.models.families.registry import FAMILIES
+from lightning_npu_tp.parallel.layout import Layout
+from lightning_npu_tp.tools.check_folder import device_type
+from lightning_npu_tp.tools.prove import prove, widest
+from lightning_npu_tp.tools.testing.models import tiny_config
+from lightning_npu_tp.tools.testing.ranks import RankPool
 
 RANKS = 4
 LAYOUTS = {

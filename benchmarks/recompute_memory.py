@@ -26,9 +26,9 @@ from torch.utils._pytree import tree_leaves
 from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
 
 from lightning_npu_tp import kernels
-from lightning_npu_tp.convert import Options, convert
-from lightning_npu_tp.layout import Groups, Layout, Meshes
-from lightning_npu_tp.testing.ranks import run_ranks
+from lightning_npu_tp.convert.convert import Options, convert
+from lightning_npu_tp.parallel.layout import Groups, Layout, Meshes
+from lightning_npu_tp.tools.testing.ranks import run_ranks
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 256,

@@ -26,9 +26,9 @@ import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lightning_npu_tp import kernels
-from lightning_npu_tp.clipping import clip_grad_norm_
-from lightning_npu_tp.convert import convert
-from lightning_npu_tp.layout import Groups, Layout, Meshes
+from lightning_npu_tp.convert.convert import convert
+from lightning_npu_tp.parallel.clipping import clip_grad_norm_
+from lightning_npu_tp.parallel.layout import Groups, Layout, Meshes
 
 ROOT = Path(__file__).parents[1]
 

@@ -5,7 +5,7 @@ touches no device, sets no environment variable and does not ask for torch_npu i
 transformers import it where it is installed, and where that fails the error says what to do.
 """
 
-from lightning_npu_tp.device import explained_import
+from lightning_npu_tp.devices.device import explained_import
 from lightning_npu_tp.errors import DeviceError
 
 __all__ = ["ModelFamily", "NPUAccelerator", "NPUTensorParallelStrategy", "weights_from"]
@@ -13,10 +13,10 @@ __all__ = ["ModelFamily", "NPUAccelerator", "NPUTensorParallelStrategy", "weight
 _problem: DeviceError | None = None
 try:
     with explained_import():
-        from lightning_npu_tp.accelerator import NPUAccelerator, register
-        from lightning_npu_tp.checkpoint.load import weights_from
-        from lightning_npu_tp.families.family import ModelFamily
-        from lightning_npu_tp.strategy import NPUTensorParallelStrategy, register_strategy
+        from lightning_npu_tp.models.families.family import ModelFamily
+        from lightning_npu_tp.trainer.accelerator import NPUAccelerator, register
+        from lightning_npu_tp.trainer.strategy import NPUTensorParallelStrategy, register_strategy
+        from lightning_npu_tp.weights.load import weights_from
     register()
     register_strategy()
 except DeviceError as error:

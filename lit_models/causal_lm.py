@@ -246,7 +246,7 @@ def _model_config(architecture: str, values: dict[str, Any]) -> Any:
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
-    from lightning_npu_tp.families.registry import supported
+    from lightning_npu_tp.models.families.registry import supported
 
     if architecture not in supported():
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Write lightning_npu_tp/operators/torch_npu_2.13.txt from the torch and torch_npu that are installed.
+"""Write lightning_npu_tp/tools/operators/torch_npu_2.13.txt from the torch and torch_npu that are installed.
 
     TORCH_DEVICE_BACKEND_AUTOLOAD=0 python scripts/make_operator_table.py [--check]
 
@@ -21,7 +21,7 @@ os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
 import torch
 import yaml
 
-from lightning_npu_tp import operators
+from lightning_npu_tp.tools import operators
 
 _KERNELS = "csrc/aten/npu_native_functions_by_codegen.yaml"
 _TORCH = "packaged/ATen/native/native_functions.yaml"

@@ -11,7 +11,7 @@ import psutil
 import pytest
 import torch
 
-from lightning_npu_tp.testing.ranks import RankPool, run_ranks
+from lightning_npu_tp.tools.testing.ranks import RankPool, run_ranks
 
 # Before any test module imports transformers; every process that a test starts inherits them.
 os.environ["HF_HUB_OFFLINE"] = "1"

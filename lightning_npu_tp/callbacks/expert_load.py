@@ -20,9 +20,9 @@ import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from lightning_npu_tp.collectives import group_size
+from lightning_npu_tp.callbacks.expert_load_metric import ExpertLoad, expert_load
 from lightning_npu_tp.errors import ConfigError
-from lightning_npu_tp.metrics import ExpertLoad, expert_load
+from lightning_npu_tp.parallel.collectives import group_size
 
 log = logging.getLogger(__name__)
 

@@ -15,12 +15,11 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from lightning_npu_tp.checkpoint.export import DTYPES, Exported, export_source, require_free
-from lightning_npu_tp.checkpoint.hf_folder import outline, tokenizer_files
-from lightning_npu_tp.checkpoint.live import LiveSource
-from lightning_npu_tp.convert import find_models
 from lightning_npu_tp.errors import CheckpointError, ConfigError
-from lightning_npu_tp.families.registry import FAMILIES
+from lightning_npu_tp.models.families.registry import FAMILIES, find_models
+from lightning_npu_tp.weights.export import DTYPES, Exported, export_source, require_free
+from lightning_npu_tp.weights.hf_folder import outline, tokenizer_files
+from lightning_npu_tp.weights.live_source import LiveSource
 
 log = logging.getLogger(__name__)
 

@@ -18,8 +18,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from lightning_npu_tp.device_errors import may_hang
 from lightning_npu_tp.errors import ConfigError
+from lightning_npu_tp.trainer.explain_device import may_hang
 
 log = logging.getLogger(__name__)
 

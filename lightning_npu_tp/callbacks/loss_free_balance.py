@@ -1,6 +1,6 @@
 """`LossFreeBalance`: runs the loss-free update of the routers' selection bias once per optimizer step.
 
-Only the moment and the ranks are decided here; the rule is `lightning_npu_tp.moe.bias`. The bias itself
+Only the moment and the ranks are decided here; the rule is `lightning_npu_tp.models.moe.bias`. The bias itself
 is a buffer of the model and travels in its checkpoints.
 """
 
@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from lightning_npu_tp.errors import ConfigError
-from lightning_npu_tp.moe.bias import biased_blocks, clear_pending, update_bias
+from lightning_npu_tp.models.moe.bias import biased_blocks, clear_pending, update_bias
 
 
 class LossFreeBalance(Callback):

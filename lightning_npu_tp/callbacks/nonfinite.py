@@ -17,10 +17,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_npu_tp.clipping import local_gradients
 from lightning_npu_tp.errors import ConfigError, LightningNPUTPError
-from lightning_npu_tp.hosts import ranks_in_words
-from lightning_npu_tp.moe.bias import biased_blocks, clear_pending
+from lightning_npu_tp.launch.hosts import ranks_in_words
+from lightning_npu_tp.models.moe.bias import biased_blocks, clear_pending
+from lightning_npu_tp.parallel.clipping import local_gradients
 
 log = logging.getLogger(__name__)
 

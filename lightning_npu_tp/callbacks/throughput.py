@@ -17,10 +17,10 @@ import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from lightning_npu_tp.device import torch_module
+from lightning_npu_tp.devices.device import torch_module
 from lightning_npu_tp.errors import ConfigError
-from lightning_npu_tp.fitting import sizes_of
-from lightning_npu_tp.flops import peak_flops, training_flops_per_token
+from lightning_npu_tp.estimates.flops import peak_flops, training_flops_per_token
+from lightning_npu_tp.estimates.what_fits import sizes_of
 
 _PEAK_MEMORY = "allocated_bytes.all.peak"
 _GIB = 2**30

@@ -25,7 +25,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_npu_tp.device import torch_module
+from lightning_npu_tp.devices.device import torch_module
 from lightning_npu_tp.errors import ConfigError
 
 log = logging.getLogger(__name__)

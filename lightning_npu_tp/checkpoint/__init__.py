@@ -1,1 +1,1 @@
-"""Training state in files: saved from any layout, loaded into any other."""
+"""Training state on disk: whole or not at all, checked, loadable into any layout."""

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_npu_tp.checkpoint.files import PREVIOUS, crc32_of, in_place, left_beside
-from lightning_npu_tp.checkpoint.one_file import check_file
+from lightning_npu_tp.checkpoint.single_file import check_file
 from lightning_npu_tp.errors import CheckpointError
 
 FORMAT = 1

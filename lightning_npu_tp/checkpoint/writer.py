@@ -39,10 +39,10 @@ from lightning_npu_tp.checkpoint.files import (
 )
 from lightning_npu_tp.checkpoint.locks import hold, holder_of, lock_file
 from lightning_npu_tp.checkpoint.manifest import MANIFEST_FILE, REST_FILE, Manifest
-from lightning_npu_tp.checkpoint.one_file import SealingStream
 from lightning_npu_tp.checkpoint.peers import PeerFailure, Peers
+from lightning_npu_tp.checkpoint.single_file import SealingStream
+from lightning_npu_tp.devices.fault_text import explain
 from lightning_npu_tp.errors import CheckpointError
-from lightning_npu_tp.hccl.faults import explain
 
 # What torch.save and the index add to a tensor's own bytes.
 _BYTES_PER_ENTRY = 2048

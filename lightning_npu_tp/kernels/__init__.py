@@ -27,8 +27,8 @@ from torch import Tensor
 
 from lightning_npu_tp.errors import ConfigError
 from lightning_npu_tp.kernels import plain, reference, rows
-from lightning_npu_tp.kernels.grouped import ExpertMLP, GroupedPrimitives
-from lightning_npu_tp.kernels.rows import RowMoves
+from lightning_npu_tp.kernels.grouped import GroupedPrimitives
+from lightning_npu_tp.kernels.rows import ExpertMLP, RowMoves
 
 # operation -> implementation -> (module of this folder, its name there); no module: nothing to import.
 _MODULES: Mapping[str, Mapping[str, tuple[str, str]]] = {

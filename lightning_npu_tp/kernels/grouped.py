@@ -12,13 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from lightning_npu_tp.kernels.rows import PickRows
+    pass
 
 
 @dataclass(frozen=True)
@@ -51,16 +51,6 @@ class GroupedPrimitives:
     rows_by_weights: Callable[[Tensor, Tensor, RowGroups], Tensor]
     grads_by_weights: Callable[[Tensor, Tensor, RowGroups], Tensor]
     grads_by_rows: Callable[[Tensor, Tensor, RowGroups], Tensor]
-
-
-class ExpertMLP(Protocol):
-    """Routed experts as one function: gather, gate and up, silu, down, weighted sum of the picks."""
-
-    def __call__(
-        self, x_TD: Tensor, weights_TK: Tensor, rows: PickRows, gate_up_EGD: Tensor, down_EDF: Tensor
-    ) -> Tensor:
-        """Return [T, D] in at least float32; computes in the dtype of `x_TD`, whatever the weights' dtype."""
-        ...
 
 
 class _GroupedMatmul(torch.autograd.Function):

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from lightning_npu_tp.device import npu_has_float64
+from lightning_npu_tp.devices.device import npu_has_float64
 
 log = logging.getLogger(__name__)
 

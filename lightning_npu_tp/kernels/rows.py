@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -167,3 +167,13 @@ class RowMoves:
 
 
 MOVES = RowMoves(tokens_to_rows, rows_to_tokens)
+
+
+class ExpertMLP(Protocol):
+    """Routed experts as one function: gather, gate and up, silu, down, weighted sum of the picks."""
+
+    def __call__(
+        self, x_TD: Tensor, weights_TK: Tensor, rows: PickRows, gate_up_EGD: Tensor, down_EDF: Tensor
+    ) -> Tensor:
+        """Return [T, D] in at least float32; computes in the dtype of `x_TD`, whatever the weights' dtype."""
+        ...

@@ -13,10 +13,10 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-from lightning_npu_tp.agreement import require_agreement, require_equal_batches
 from lightning_npu_tp.callbacks.nonfinite import NonFiniteError, NonFiniteGuard
 from lightning_npu_tp.errors import ConfigError, DataError
-from lightning_npu_tp.layout import Layout
+from lightning_npu_tp.launch.same_settings import require_agreement, require_equal_batches
+from lightning_npu_tp.parallel.layout import Layout
 
 WORLD = 4
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from lightning_npu_tp import audit_run
-from lightning_npu_tp.audit import merge
-from lightning_npu_tp.convert import Options
-from lightning_npu_tp.layout import Layout
-from lightning_npu_tp.moe import block
-from lightning_npu_tp.testing.models import tiny_config
+from lightning_npu_tp.convert.convert import Options
+from lightning_npu_tp.models.moe import block
+from lightning_npu_tp.parallel.layout import Layout
+from lightning_npu_tp.tools import audit_run
+from lightning_npu_tp.tools.audit import merge
+from lightning_npu_tp.tools.testing.models import tiny_config
 
 # family, layout, options, reads that are by design: one per mixture layer and micro-batch
 CASES: list[tuple[str, Layout, Options, int]] = [

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_npu_tp.callbacks import ExpertLoadMonitor, LossFreeBalance
-from lightning_npu_tp.collectives import reduce_from_group
-from lightning_npu_tp.moe.balance import batch_balance_loss, router_z_loss, sequence_balance_loss
-from lightning_npu_tp.moe.bias import update_bias
-from lightning_npu_tp.moe.router import TopKRouter
-from lightning_npu_tp.testing.reference import assert_close_relative
+from lightning_npu_tp.models.moe.balance import batch_balance_loss, router_z_loss, sequence_balance_loss
+from lightning_npu_tp.models.moe.bias import update_bias
+from lightning_npu_tp.models.moe.router import TopKRouter
+from lightning_npu_tp.parallel.collectives import reduce_from_group
+from lightning_npu_tp.tools.testing.reference import assert_close_relative
 
 TOLERANCE = 1e-12
 NUM_SEQUENCES, LENGTH, NUM_EXPERTS, NUM_PICKS = 3, 7, 6, 2

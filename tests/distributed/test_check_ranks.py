@@ -16,13 +16,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from lightning_npu_tp import checking_ranks, host_memory
-from lightning_npu_tp.checking_ranks import AloneAnswer, RankAnswer, Request, run_rank
-from lightning_npu_tp.cli import app
-from lightning_npu_tp.convert import Options
-from lightning_npu_tp.layout import Layout
-from lightning_npu_tp.testing import ranks
-from lightning_npu_tp.testing.models import random_batch, tiny_config
+from lightning_npu_tp.convert.convert import Options
+from lightning_npu_tp.parallel.layout import Layout
+from lightning_npu_tp.tools import check_ranks, host_memory
+from lightning_npu_tp.tools.check_ranks import AloneAnswer, RankAnswer, Request, run_rank
+from lightning_npu_tp.tools.cli import app
+from lightning_npu_tp.tools.testing import ranks
+from lightning_npu_tp.tools.testing.models import random_batch, tiny_config
 
 SMALL = {
     "n_routed_experts": 64,
@@ -86,7 +86,7 @@ def test_numbers_beyond_the_bound_fail_and_are_named(
     check: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = saved(tmp_path / "model", "llama")
-    monkeypatch.setitem(checking_ranks.BOUNDS, "float32", 1e-12)
+    monkeypatch.setitem(check_ranks.BOUNDS, "float32", 1e-12)
     result = check("--model", folder, "--tensor", 2, "--length", 8)
     assert result.exit_code == 1 and "check failed:" in result.output.splitlines()[-1]
     assert "logits" in result.output.splitlines()[-1]
@@ -97,11 +97,11 @@ def test_any_rank_and_any_number_counts() -> None:
     logits = torch.ones(2, 3, 4)
     alone = AloneAnswer(loss=2.0, logits=logits, grad_norm=3.0, forward=0.0, backward=0.0, peak=0)
     good = [RankAnswer(loss=2.0, grad_norm=3.0, rows=(row, row + 1), logits=logits[row : row + 1]) for row in (0, 1)]
-    assert set(checking_ranks.compare(good, alone).values()) == {0.0}
+    assert set(check_ranks.compare(good, alone).values()) == {0.0}
     bad = RankAnswer(loss=2.0, grad_norm=3.0, rows=(1, 2), logits=logits[1:] * 1.5)
-    assert checking_ranks.compare([good[0], bad], alone)["logits"] == pytest.approx(0.5)
+    assert check_ranks.compare([good[0], bad], alone)["logits"] == pytest.approx(0.5)
     for loss, norm, name in ((2.2, 3.0, "loss"), (2.0, 3.3, "gradient norm"), (float("nan"), 3.0, "loss")):
-        found = checking_ranks.compare([good[0], RankAnswer(loss=loss, grad_norm=norm)], alone)
+        found = check_ranks.compare([good[0], RankAnswer(loss=loss, grad_norm=norm)], alone)
         assert found[name] > 0.09, name
 
 

@@ -14,10 +14,10 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
-from lightning_npu_tp.clipping import clip_grad_norm_, clip_grad_value_, total_grad_norm
 from lightning_npu_tp.errors import ConfigError
-from lightning_npu_tp.testing.operators import CountOperators
-from lightning_npu_tp.testing.reference import assert_close_relative
+from lightning_npu_tp.parallel.clipping import clip_grad_norm_, clip_grad_value_, total_grad_norm
+from lightning_npu_tp.tools.testing.operators import CountOperators
+from lightning_npu_tp.tools.testing.reference import assert_close_relative
 
 TOLERANCE = 1e-14
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from lightning_npu_tp.collectives import (
+from lightning_npu_tp.errors import CountMismatch
+from lightning_npu_tp.parallel.collectives import (
     all_reduce_sum,
     copy_to_group,
     exchange_rows,
@@ -20,8 +21,7 @@ from lightning_npu_tp.collectives import (
     group_size,
     reduce_from_group,
 )
-from lightning_npu_tp.errors import CountMismatch
-from lightning_npu_tp.testing.reference import assert_close_relative
+from lightning_npu_tp.tools.testing.reference import assert_close_relative
 
 TOLERANCE = 1e-13
 STEP = 1e-4

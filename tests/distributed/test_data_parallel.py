@@ -22,10 +22,10 @@ from lightning_npu_tp import NPUTensorParallelStrategy
 from lightning_npu_tp.callbacks import ExpertLoadMonitor, LossFreeBalance, NonFiniteGuard
 from lightning_npu_tp.callbacks.nonfinite import NonFiniteError
 from lightning_npu_tp.errors import ConfigError, DataError
-from lightning_npu_tp.region import local
-from lightning_npu_tp.testing.models import tiny_deepseek_v2_config
-from lightning_npu_tp.testing.reference import relative_difference
-from lightning_npu_tp.testing.sharded import whole
+from lightning_npu_tp.parallel.tensor_region import local
+from lightning_npu_tp.tools.testing.models import tiny_deepseek_v2_config
+from lightning_npu_tp.tools.testing.reference import relative_difference
+from lightning_npu_tp.tools.testing.sharded import whole
 
 ROWS, LENGTH = 8, 12
 

@@ -20,12 +20,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lightning_npu_tp import NPUTensorParallelStrategy, weights_from
 from lightning_npu_tp.callbacks import ExportAtEnd
-from lightning_npu_tp.checkpoint.export import export_checkpoint
-from lightning_npu_tp.convert import conversion_of
+from lightning_npu_tp.convert.convert import conversion_of
 from lightning_npu_tp.errors import CheckpointError, ConfigError
-from lightning_npu_tp.families.registry import FAMILIES
-from lightning_npu_tp.testing.models import reference_model, tiny_config
-from lightning_npu_tp.testing.reference import float64_reference, relative_difference
+from lightning_npu_tp.models.families.registry import FAMILIES
+from lightning_npu_tp.tools.testing.models import reference_model, tiny_config
+from lightning_npu_tp.tools.testing.reference import float64_reference, relative_difference
+from lightning_npu_tp.weights.export import export_checkpoint
 
 LAYOUTS = {
     "one rank": (1, 1, 1),

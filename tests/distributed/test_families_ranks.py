@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from lightning_npu_tp.convert import Options
-from lightning_npu_tp.layout import Layout
-from lightning_npu_tp.testing.models import ReferenceStep, random_batch, tiny_config
-from lightning_npu_tp.testing.sharded import Training, compare, train_alone, train_sharded
+from lightning_npu_tp.convert.convert import Options
+from lightning_npu_tp.parallel.layout import Layout
+from lightning_npu_tp.tools.testing.models import ReferenceStep, random_batch, tiny_config
+from lightning_npu_tp.tools.testing.sharded import Training, compare, train_alone, train_sharded
 
 # Double rounding over a few thousand additions per element; a real mistake is 1e-3 and more.
 TOLERANCE = 1e-10

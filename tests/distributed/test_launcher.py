@@ -15,7 +15,7 @@ from scripts_launcher.runs import SCRIPTS, Run
 from torch.distributed import TCPStore
 
 from lightning_npu_tp.errors import ConfigError
-from lightning_npu_tp.launcher import ProcessLauncher, _reserve_port, check_world
+from lightning_npu_tp.launch.launcher import ProcessLauncher, _reserve_port, check_world
 
 END_SECONDS = 15
 

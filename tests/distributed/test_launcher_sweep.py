@@ -12,8 +12,8 @@ import yaml
 from lightning.fabric.plugins.environments import LightningEnvironment
 from scripts_launcher.runs import SCRIPTS, Run
 
-from lightning_npu_tp import launcher
-from lightning_npu_tp.hydra_job import quote
+from lightning_npu_tp.launch import launcher
+from lightning_npu_tp.launch.hydra_job import quote
 
 NAME = "out, a=b 'c' \"d\" [e] ü"
 

@@ -15,13 +15,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lightning_npu_tp import weights_from
-from lightning_npu_tp.checkpoint.index import open_folder
-from lightning_npu_tp.convert import Options, conversion_of, convert
+from lightning_npu_tp.convert.convert import Options, conversion_of, convert
 from lightning_npu_tp.errors import CheckpointError, ConfigError
-from lightning_npu_tp.families.registry import FAMILIES
 from lightning_npu_tp.kernels import select
-from lightning_npu_tp.layout import Groups, Layout, Meshes
-from lightning_npu_tp.testing.models import tiny_config
+from lightning_npu_tp.models.families.registry import FAMILIES
+from lightning_npu_tp.parallel.layout import Groups, Layout, Meshes
+from lightning_npu_tp.tools.testing.models import tiny_config
+from lightning_npu_tp.weights.safetensors_reader import open_folder
 
 LAYOUTS = [(1, 1, 1), (1, 2, 2), (2, 1, 2), (2, 1, 1), (2, 2, 4), (4, 1, 2)]
 

@@ -19,15 +19,15 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from transformers import DeepseekV2Config
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Moe
 
-from lightning_npu_tp import collectives
 from lightning_npu_tp.errors import ConfigError
 from lightning_npu_tp.kernels import select
-from lightning_npu_tp.layout import Groups, Layout, Meshes
-from lightning_npu_tp.moe.block import MoEBlock
-from lightning_npu_tp.moe.dispatch import AllToAll, Replicated
-from lightning_npu_tp.region import Region
-from lightning_npu_tp.testing.operators import CountOperators
-from lightning_npu_tp.testing.reference import assert_close_relative, float64_reference
+from lightning_npu_tp.models.moe.block import MoEBlock
+from lightning_npu_tp.models.moe.dispatch import AllToAll, Replicated
+from lightning_npu_tp.parallel import collectives
+from lightning_npu_tp.parallel.layout import Groups, Layout, Meshes
+from lightning_npu_tp.parallel.tensor_region import Region
+from lightning_npu_tp.tools.testing.operators import CountOperators
+from lightning_npu_tp.tools.testing.reference import assert_close_relative, float64_reference
 
 HIDDEN, WIDTH, NUM_EXPERTS, ALPHA = 32, 16, 8, 0.05
 TOLERANCE = 1e-10

@@ -13,10 +13,10 @@ import torch
 from transformers import DeepseekV2ForCausalLM
 
 from lightning_npu_tp import kernels
-from lightning_npu_tp.convert import Options, convert
-from lightning_npu_tp.layout import Groups, Layout, Meshes
-from lightning_npu_tp.testing.models import random_batch, tiny_deepseek_v2_config, tiny_deepseek_v2_grouped_config
-from lightning_npu_tp.testing.operators import CountOperators
+from lightning_npu_tp.convert.convert import Options, convert
+from lightning_npu_tp.parallel.layout import Groups, Layout, Meshes
+from lightning_npu_tp.tools.testing.models import random_batch, tiny_deepseek_v2_config, tiny_deepseek_v2_grouped_config
+from lightning_npu_tp.tools.testing.operators import CountOperators
 
 
 def batches(config: Any) -> list[dict[str, torch.Tensor]]:

@@ -14,19 +14,19 @@ import torch
 from torch import Tensor
 from transformers import DeepseekV2Config
 
-from lightning_npu_tp.convert import Options, conversion_of
-from lightning_npu_tp.data_parallel import reduce_gradients
-from lightning_npu_tp.layout import Layout
-from lightning_npu_tp.memory import rank_memory
-from lightning_npu_tp.testing.models import (
+from lightning_npu_tp.convert.convert import Options, conversion_of
+from lightning_npu_tp.convert.data_parallel import reduce_gradients
+from lightning_npu_tp.estimates.step_memory import rank_memory
+from lightning_npu_tp.parallel.layout import Layout
+from lightning_npu_tp.tools.testing.models import (
     ReferenceStep,
     random_batch,
     tiny_deepseek_v2_config,
     tiny_deepseek_v2_grouped_config,
 )
-from lightning_npu_tp.testing.operators import CountOperators
-from lightning_npu_tp.testing.reference import relative_difference
-from lightning_npu_tp.testing.sharded import Training, compare, sharded_model, train_alone, train_sharded
+from lightning_npu_tp.tools.testing.operators import CountOperators
+from lightning_npu_tp.tools.testing.reference import relative_difference
+from lightning_npu_tp.tools.testing.sharded import Training, compare, sharded_model, train_alone, train_sharded
 
 # Double rounding over a few thousand additions per element; a real mistake is 1e-3 and more.
 TOLERANCE = 1e-10

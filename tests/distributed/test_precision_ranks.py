@@ -12,7 +12,7 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
-from lightning_npu_tp.precision import AgreedGradScaler
+from lightning_npu_tp.trainer.precision import AgreedGradScaler
 
 SCALE = 2.0**16
 

@@ -13,15 +13,15 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from lightning_npu_tp import prove as proving
-from lightning_npu_tp.cli import app
-from lightning_npu_tp.convert import Options
+from lightning_npu_tp.convert.convert import Options
 from lightning_npu_tp.errors import ConfigError
-from lightning_npu_tp.layout import Layout
-from lightning_npu_tp.prove import Problem, examine, prove, run_rank
-from lightning_npu_tp.shrink import shrink
-from lightning_npu_tp.testing.models import tiny_config, tiny_deepseek_v2_config, tiny_deepseek_v2_grouped_config
-from lightning_npu_tp.testing.sharded import Training
+from lightning_npu_tp.parallel.layout import Layout
+from lightning_npu_tp.tools import prove as proving
+from lightning_npu_tp.tools.cli import app
+from lightning_npu_tp.tools.prove import Problem, examine, prove, run_rank
+from lightning_npu_tp.tools.small_model import shrink
+from lightning_npu_tp.tools.testing.models import tiny_config, tiny_deepseek_v2_config, tiny_deepseek_v2_grouped_config
+from lightning_npu_tp.tools.testing.sharded import Training
 
 TWO = Layout(1, 2, 2)
 WHOLE, SLICES = Options(), Options(sequence_parallel=True)

@@ -180,7 +180,7 @@ def test_nothing_is_left_out_and_nothing_done_twice(
         assert hooks == {"batch end", "validation start", "validation batch end", "validation end", "epoch end"}
         for name, (wanted, events, same, ends, ends_again) in found.items():
             if name.startswith("batch end"):
-                # The row of the step itself is logged after the save; lit_models/continued.py gives it back.
+                # The row of the step itself is logged after the save; lit_models/run/continued.py gives it back.
                 assert wanted[0][2][0] == "epoch" and wanted[0][3][0] == "train", name
                 wanted = wanted[1:]
             assert events == wanted, name

@@ -25,7 +25,7 @@ from transformers import DeepseekV2ForCausalLM
 
 from lightning_npu_tp import NPUTensorParallelStrategy
 from lightning_npu_tp.errors import CheckpointError, ConfigError, ConversionError
-from lightning_npu_tp.testing.models import tiny_deepseek_v2_config
+from lightning_npu_tp.tools.testing.models import tiny_deepseek_v2_config
 
 WORLD = 2
 

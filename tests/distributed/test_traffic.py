@@ -13,17 +13,17 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Partial, Shard
 
-from lightning_npu_tp.clipping import clip_grad_norm_
-from lightning_npu_tp.convert import Options
-from lightning_npu_tp.layout import DATA_AXIS, EXPERT_AXIS, TENSOR_AXIS, Layout, Meshes, resolve_dispatch
-from lightning_npu_tp.moe.block import MoEBlock
-from lightning_npu_tp.plan import chunk_bounds
-from lightning_npu_tp.prove import plan_of
-from lightning_npu_tp.sequence import all_gather_first_dim
-from lightning_npu_tp.testing.models import random_batch, tiny_deepseek_v2_config
-from lightning_npu_tp.testing.sharded import sharded_model
-from lightning_npu_tp.testing.traffic import CountTraffic
-from lightning_npu_tp.traffic import Work, minimum_traffic, total_by_axis
+from lightning_npu_tp.convert.convert import Options
+from lightning_npu_tp.models.moe.block import MoEBlock
+from lightning_npu_tp.parallel.clipping import clip_grad_norm_
+from lightning_npu_tp.parallel.layout import DATA_AXIS, EXPERT_AXIS, TENSOR_AXIS, Layout, Meshes, resolve_dispatch
+from lightning_npu_tp.parallel.plan import chunk_bounds
+from lightning_npu_tp.parallel.sequence import all_gather_first_dim
+from lightning_npu_tp.tools.prove import plan_of
+from lightning_npu_tp.tools.testing.least_traffic import Work, minimum_traffic, total_by_axis
+from lightning_npu_tp.tools.testing.models import random_batch, tiny_deepseek_v2_config
+from lightning_npu_tp.tools.testing.sharded import sharded_model
+from lightning_npu_tp.tools.testing.traffic import CountTraffic
 
 # DeepSeek-V2-Lite with an eighth of its widths, half of its experts, and one layer of each kind.
 CONFIG = tiny_deepseek_v2_config(

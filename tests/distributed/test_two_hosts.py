@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from scripts_launcher.runs import REPOSITORY, Run
 
-from lightning_npu_tp.testing.ranks import free_port
+from lightning_npu_tp.tools.testing.ranks import free_port
 
 TIMEOUT_S = 6
 PORT = 29511

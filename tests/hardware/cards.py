@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader
 from transformers import DeepseekV2ForCausalLM
 
 from lightning_npu_tp import NPUTensorParallelStrategy
-from lightning_npu_tp.testing.models import tiny_deepseek_v2_config
-from lightning_npu_tp.testing.operators import CountOperators
+from lightning_npu_tp.tools.testing.models import tiny_deepseek_v2_config
+from lightning_npu_tp.tools.testing.operators import CountOperators
 
 # Float32 sums of a few dozen products in another order, through a whole model.
 FLOAT32 = 1e-5

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from lightning_npu_tp.device import npu_problem, torch_module
+from lightning_npu_tp.devices.device import npu_problem, torch_module
 
 KINDS = ("npu", "cuda")
 

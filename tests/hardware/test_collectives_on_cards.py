@@ -7,10 +7,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lightning_npu_tp.collectives import all_reduce_sum, exchange_rows, gather_last_dim
-from lightning_npu_tp.device import backend_for, torch_module
-from lightning_npu_tp.layout import Layout, Meshes
-from lightning_npu_tp.sequence import join_slices, sum_to_slice
+from lightning_npu_tp.devices.device import backend_for, torch_module
+from lightning_npu_tp.parallel.collectives import all_reduce_sum, exchange_rows, gather_last_dim
+from lightning_npu_tp.parallel.layout import Layout, Meshes
+from lightning_npu_tp.parallel.sequence import join_slices, sum_to_slice
 
 
 def open_group(rank: int, world_size: int, device_type: str) -> torch.device:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from lightning_npu_tp.flops import peak_flops
+from lightning_npu_tp.estimates.flops import peak_flops
 
 
 def test_the_card_is_there_and_has_a_name_and_memory(card, runtime):
@@ -53,7 +53,7 @@ def test_the_cards_peak_is_known_for_mfu(card, runtime):
 def test_the_accelerator_binds_a_device_and_tells_its_memory(card, runtime):
     if card != "npu":
         return
-    from lightning_npu_tp.accelerator import NPUAccelerator
+    from lightning_npu_tp.trainer.accelerator import NPUAccelerator
 
     accelerator = NPUAccelerator()
     last = runtime.device_count() - 1

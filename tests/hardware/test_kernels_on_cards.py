@@ -17,12 +17,12 @@ import torch.distributed as dist
 from cards import FLOAT32, distance
 from torch import Tensor
 
-from lightning_npu_tp.convert import convert
-from lightning_npu_tp.device import backend_for
+from lightning_npu_tp.convert.convert import convert
+from lightning_npu_tp.devices.device import backend_for
 from lightning_npu_tp.kernels import npu_limits, select
-from lightning_npu_tp.layout import Groups, Layout, Meshes
-from lightning_npu_tp.moe.router import TopKRouter
-from lightning_npu_tp.testing.models import random_batch, reference_model, tiny_config
+from lightning_npu_tp.models.moe.router import TopKRouter
+from lightning_npu_tp.parallel.layout import Groups, Layout, Meshes
+from lightning_npu_tp.tools.testing.models import random_batch, reference_model, tiny_config
 
 # torch_npu's own deepcopy of a tensor asks torch for what torch has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")

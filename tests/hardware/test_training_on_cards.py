@@ -12,10 +12,10 @@ import pytest
 import torch
 from cards import FLOAT32, LOSSES, Fit, distance, fit
 
-from lightning_npu_tp.convert import Options
-from lightning_npu_tp.layout import Layout
-from lightning_npu_tp.prove import prove, widest
-from lightning_npu_tp.testing.models import tiny_deepseek_v2_config
+from lightning_npu_tp.convert.convert import Options
+from lightning_npu_tp.parallel.layout import Layout
+from lightning_npu_tp.tools.prove import prove, widest
+from lightning_npu_tp.tools.testing.models import tiny_deepseek_v2_config
 
 # torch_npu's own deepcopy of a tensor asks torch for what torch has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
@@ -85,7 +85,7 @@ def test_a_checkpoint_goes_on_where_it_was_on_the_card_and_on_the_cpu(card, on_r
 
 def out_of_memory(rank: int, world_size: int, device_type: str) -> str:
     """The error of a run whose process may take a thousandth of the card."""
-    from lightning_npu_tp.device import torch_module
+    from lightning_npu_tp.devices.device import torch_module
 
     module: Any = torch_module(device_type)
     module.set_per_process_memory_fraction(8 * 2**20 / module.mem_get_info(0)[1], 0)

@@ -22,10 +22,10 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from lightning_npu_tp.errors import ConfigError, DataError, LightningNPUTPError
-from lightning_npu_tp.testing.models import tiny_config
-from lit_models import run_folder
-from lit_models.instantiate import build, build_each
-from lit_models.run_folder import (
+from lightning_npu_tp.tools.testing.models import tiny_config
+from lit_models.run import run_folder
+from lit_models.run.instantiate import build, build_each
+from lit_models.run.run_folder import (
     GuardRunFolder,
     RunFolderError,
     check_writable,

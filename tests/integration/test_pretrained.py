@@ -21,9 +21,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lightning_npu_tp import NPUTensorParallelStrategy
-from lightning_npu_tp.checkpoint import load, training_state
+from lightning_npu_tp.checkpoint import training_state
 from lightning_npu_tp.errors import CheckpointError, ConfigError
-from lightning_npu_tp.testing.models import tiny_config
+from lightning_npu_tp.tools.testing.models import tiny_config
+from lightning_npu_tp.weights import load
 from lit_models.causal_lm import LitCausalLM, read_folder_config
 
 ROOT = Path(__file__).parents[2]

@@ -139,7 +139,7 @@ def tree(tmp_path) -> Path:
     """A working tree with the scripts, with code under names like those of data, and with what must stay here."""
     tree = tmp_path / "my tree"
     shutil.copytree(ROOT / "scripts", tree / "scripts")
-    for name in ("lit_models/data/text.py", "conf/data/text.yaml", "lightning_npu_tp/checkpoint/keys.py", "train.py"):
+    for name in ("lit_models/data/text.py", "conf/data/text.yaml", "lightning_npu_tp/models/file_names.py", "train.py"):
         (tree / name).parent.mkdir(parents=True, exist_ok=True)
         (tree / name).write_text("code\n")
     for name in (
@@ -156,7 +156,7 @@ def files_of(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
-CODE = {"lit_models/data/text.py", "conf/data/text.yaml", "lightning_npu_tp/checkpoint/keys.py", "train.py"}
+CODE = {"lit_models/data/text.py", "conf/data/text.yaml", "lightning_npu_tp/models/file_names.py", "train.py"}
 
 
 @needs_sshd

@@ -26,9 +26,9 @@ from benchmarks.kill_rounds import SMALL, life, repeated_rows, tensors
 from lightning_npu_tp.callbacks import LossCurve
 from lightning_npu_tp.checkpoint.manifest import read_manifest, verify
 from lightning_npu_tp.errors import ConfigError
-from lit_models.continued import ROW, ContinueRun, points
-from lit_models.loggers import CSVMetrics, tensorboard
-from lit_models.run_folder import changes, claim, goes_on
+from lit_models.run.continued import ROW, ContinueRun, points
+from lit_models.run.loggers import CSVMetrics, tensorboard
+from lit_models.run.run_folder import changes, claim, goes_on
 
 ROOT = Path(__file__).parents[2]
 

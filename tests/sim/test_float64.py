@@ -18,15 +18,20 @@ from fused import ALL, Seen, distance
 from test_kernels_npu_models import converted, train
 from transformers import AutoModelForCausalLM
 
-from lightning_npu_tp import checking_ranks
-from lightning_npu_tp.convert import Options
+from lightning_npu_tp.convert.convert import Options
 from lightning_npu_tp.errors import ConfigError
-from lightning_npu_tp.families.registry import FAMILIES
 from lightning_npu_tp.kernels import npu_limits
-from lightning_npu_tp.layout import Layout
-from lightning_npu_tp.prove import prove
-from lightning_npu_tp.testing.models import random_batch, reference_model, tiny_config, tiny_deepseek_v2_grouped_config
-from lightning_npu_tp.testing.ranks import RankPool
+from lightning_npu_tp.models.families.registry import FAMILIES
+from lightning_npu_tp.parallel.layout import Layout
+from lightning_npu_tp.tools import check_ranks
+from lightning_npu_tp.tools.prove import prove
+from lightning_npu_tp.tools.testing.models import (
+    random_batch,
+    reference_model,
+    tiny_config,
+    tiny_deepseek_v2_grouped_config,
+)
+from lightning_npu_tp.tools.testing.ranks import RankPool
 
 # torch_npu's own deepcopy of a tensor asks torch for what torch has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
@@ -144,7 +149,7 @@ def test_cards_as_they_are_prove_nothing_in_float64() -> None:
 def test_a_folder_is_checked_on_cards_in_float64(cards, on_ranks, tmp_path) -> None:
     config = tiny_deepseek_v2_grouped_config(num_attention_heads=4)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    request = checking_ranks.Request(
+    request = check_ranks.Request(
         folder=str(tmp_path),
         config=config,
         layout=Layout(2, 2, 4),
@@ -154,9 +159,9 @@ def test_a_folder_is_checked_on_cards_in_float64(cards, on_ranks, tmp_path) -> N
         batch=random_batch(config, 4, 12, seed=0),
         timeout=120.0,
     )
-    answers = cards(checking_ranks.run_rank, 4, request, backend=None, timeout=120)
-    (alone,) = on_ranks(checking_ranks.run_alone, 1, request, 1, True, backend=None, timeout=120)
-    differences = checking_ranks.compare(answers, alone)
+    answers = cards(check_ranks.run_rank, 4, request, backend=None, timeout=120)
+    (alone,) = on_ranks(check_ranks.run_alone, 1, request, 1, True, backend=None, timeout=120)
+    differences = check_ranks.compare(answers, alone)
     assert differences.keys() == {"loss", "gradient norm", "logits"}
     assert max(differences.values()) <= FLOAT64, differences
 

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 import ascend_sim
-from lightning_npu_tp.testing.ranks import free_port
+from lightning_npu_tp.tools.testing.ranks import free_port
 
 ascend_sim.install()
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from lightning_npu_tp.kernels import REFERENCE, npu, npu_layers, npu_limits, plain, select
 from lightning_npu_tp.kernels.grouped import RowGroups, grouped_matmul
 from lightning_npu_tp.kernels.rows import sort_picks
-from lightning_npu_tp.moe.experts import RoutedExperts
+from lightning_npu_tp.models.moe.experts import RoutedExperts
 
 
 def compare(fused, reference, inputs: list[Tensor], dtype: torch.dtype, *, operation: str = "") -> None:
@@ -233,7 +233,7 @@ def test_routed_experts_equal_the_cpus_whatever_lies_in_other_ranks_rows(first, 
 
 
 def test_routed_experts_hold_no_row_longer_than_it_is_needed():
-    """The arithmetic of `activations.py`: inputs, hidden activations and results once, and one more set of rows."""
+    """The arithmetic of `layer_memory.py`: inputs, hidden activations and results once, and one more set of rows."""
     hidden, width, picks = 512, 512, 8192
     experts = RoutedExperts(hidden_size=hidden, expert_width=width, num_local_experts=2, kernels=select("npu"))
     experts.to("npu")

@@ -16,12 +16,17 @@ import torch.distributed as dist
 from fused import ALL, FLOAT32, OPERATORS, Seen, distance
 from torch import Tensor
 
-from lightning_npu_tp.convert import Options, convert
+from lightning_npu_tp.convert.convert import Options, convert
 from lightning_npu_tp.kernels import select
-from lightning_npu_tp.layout import Groups, Layout, Meshes
-from lightning_npu_tp.moe.router import TopKRouter
-from lightning_npu_tp.testing.models import random_batch, reference_model, tiny_config, tiny_deepseek_v2_grouped_config
-from lightning_npu_tp.testing.operators import CountOperators
+from lightning_npu_tp.models.moe.router import TopKRouter
+from lightning_npu_tp.parallel.layout import Groups, Layout, Meshes
+from lightning_npu_tp.tools.testing.models import (
+    random_batch,
+    reference_model,
+    tiny_config,
+    tiny_deepseek_v2_grouped_config,
+)
+from lightning_npu_tp.tools.testing.operators import CountOperators
 
 # torch_npu's own deepcopy of a tensor asks torch for what torch has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")

@@ -18,7 +18,7 @@ START = """
 import ctypes, os, sys, time
 import torch, torch_npu
 import ascend_sim
-from lightning_npu_tp import launch_queue
+from lightning_npu_tp.devices import launch_queue
 
 device = torch.device("npu", 0)
 older, failing = torch.npu.Event(), torch.npu.Event()

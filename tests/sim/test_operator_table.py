@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import torch_npu  # noqa: F401
 
-from lightning_npu_tp.operators import operator_table
+from lightning_npu_tp.tools.operators import operator_table
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "make_operator_table.py"
 # Of sparse tensors only.

@@ -69,7 +69,7 @@ def test_the_allocator_counts_what_the_card_gave() -> None:
 
 TENSORS = """
 import random, torch, torch_npu
-from lightning_npu_tp.memory import blocks
+from lightning_npu_tp.estimates.step_memory import blocks
 draw = random.Random(int({seed}))
 sizes = [int(2 ** draw.uniform(16, 24)) for _ in range(120)]
 kept = []

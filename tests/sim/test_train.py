@@ -19,7 +19,7 @@ import pytest
 from lightning.pytorch import Callback
 
 from ascend_sim import report
-from lightning_npu_tp.testing.operators import CountOperators
+from lightning_npu_tp.tools.testing.operators import CountOperators
 
 ROOT = Path(__file__).parents[2]
 STEPS = 4
@@ -59,7 +59,7 @@ class CountLastStep(Callback):
 def compose(folder: str, overrides: dict[str, Any]) -> Any:
     from hydra import compose, initialize_config_dir
 
-    from lit_models.run_folder import register_resolvers
+    from lit_models.run.run_folder import register_resolvers
 
     register_resolvers()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
@@ -85,7 +85,7 @@ def job(rank: int, world_size: int, folder: str, overrides: dict[str, Any]) -> t
     """The validation loss at the end, and the sightings of the last step."""
     sys.path.insert(0, str(ROOT))
     import train
-    from lit_models import instantiate
+    from lit_models.run import instantiate
 
     count = CountLastStep()
     build_each = instantiate.build_each
@@ -171,8 +171,8 @@ def groups(rank: int, world_size: int) -> dict[str, tuple[int | None, float]]:
     import torch.distributed as dist
     from lightning.fabric.plugins.environments import LightningEnvironment
 
-    from lightning_npu_tp.layout import Layout, Meshes
-    from lightning_npu_tp.process_group import open_process_group
+    from lightning_npu_tp.launch.process_group import open_process_group
+    from lightning_npu_tp.parallel.layout import Layout, Meshes
 
     torch.npu.set_device(rank)
     environment = LightningEnvironment()

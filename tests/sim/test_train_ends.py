@@ -61,8 +61,8 @@ def overflow(rank: int, world_size: int) -> list[tuple[float, float]]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from lightning_npu_tp import NPUTensorParallelStrategy
-    from lightning_npu_tp.precision import MixedPrecision
-    from lightning_npu_tp.region import local
+    from lightning_npu_tp.parallel.tensor_region import local
+    from lightning_npu_tp.trainer.precision import MixedPrecision
 
     class Job(LightningModule):
         def __init__(self) -> None:

@@ -10,8 +10,8 @@ from fused import FLOAT32, distance
 from test_kernels_npu_models import PLAIN, choices_of, converted, one_rank, repeating, train, worst
 from torch import Tensor
 
-from lightning_npu_tp.families.registry import FAMILIES
-from lightning_npu_tp.testing.models import random_batch, reference_model, tiny_config
+from lightning_npu_tp.models.families.registry import FAMILIES
+from lightning_npu_tp.tools.testing.models import random_batch, reference_model, tiny_config
 
 __all__ = ["one_rank"]
 # torch_npu's own deepcopy of a tensor asks torch for what torch has deprecated.

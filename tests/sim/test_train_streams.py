@@ -12,9 +12,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from lightning_npu_tp import collectives
-from lightning_npu_tp.device import backend_for, torch_module
-from lightning_npu_tp.testing.ranks import run_ranks
+from lightning_npu_tp.devices.device import backend_for, torch_module
+from lightning_npu_tp.parallel import collectives
+from lightning_npu_tp.tools.testing.ranks import run_ranks
 
 RANKS = 2
 WAYS = ("none", "forward", "backward")

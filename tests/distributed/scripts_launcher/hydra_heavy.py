@@ -6,7 +6,7 @@ import hydra
 from say import say
 from tiny import TinyModel, tiny_trainer
 
-from lightning_npu_tp.sweep import run_job
+from lightning_npu_tp.launch.sweep import run_job
 
 
 def train(config):

@@ -13,9 +13,9 @@ from hydra.utils import get_original_cwd
 from omegaconf import OmegaConf
 from say import say
 
-from lightning_npu_tp.hydra_job import current_job
-from lightning_npu_tp.processes import ChildProcess, parent_channel
-from lightning_npu_tp.sweep import run_job
+from lightning_npu_tp.launch.child_process import ChildProcess, parent_channel
+from lightning_npu_tp.launch.hydra_job import current_job
+from lightning_npu_tp.launch.sweep import run_job
 
 
 def save(*_):

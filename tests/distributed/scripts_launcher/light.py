@@ -14,9 +14,9 @@ import time
 from say import say
 from stand_ins import LostPeer
 
-from lightning_npu_tp.processes import ChildProcess, parent_channel
-from lightning_npu_tp.signals import SignalWatch
-from lightning_npu_tp.supervisor import Supervisor, end_now
+from lightning_npu_tp.launch.child_process import ChildProcess, parent_channel
+from lightning_npu_tp.launch.signals import SignalWatch
+from lightning_npu_tp.launch.supervisor import Supervisor, end_now
 
 case = sys.argv[1]
 rank = int(os.environ.get("LOCAL_RANK", "0"))

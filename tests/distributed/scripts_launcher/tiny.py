@@ -5,7 +5,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_npu_tp.launcher import ProcessLauncher, check_world
+from lightning_npu_tp.launch.launcher import ProcessLauncher, check_world
 
 
 class TinyStrategy(DDPStrategy):

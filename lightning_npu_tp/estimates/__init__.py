@@ -1,0 +1,1 @@
+"""Arithmetic without a device: bytes, FLOPs, what fits."""

@@ -1,5 +1,0 @@
-"""Print the README's table of supported families."""
-
-from lightning_npu_tp.families.registry import readme_table
-
-print(readme_table())

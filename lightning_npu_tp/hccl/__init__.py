@@ -1,1 +1,0 @@
-"""Configuration of HCCL, the collective library of Ascend NPUs."""

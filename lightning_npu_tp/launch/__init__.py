@@ -1,0 +1,1 @@
+"""Ranks start, meet, live and end together. Knows no model and no checkpoint."""

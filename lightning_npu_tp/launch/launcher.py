@@ -1,0 +1,277 @@
+"""Start the other ranks of this machine as further processes of the user's script.
+
+As with Lightning's launcher, the process that the user started is rank 0 and the others run the same script
+again. What differs: each rank gets exactly this Hydra job's config, the ranks live and die together
+(`supervisor.py`), and the environment variables that describe them exist only while a trainer call runs, so
+that nothing leaks into the next job of a sweep. Under torchrun or a cluster's own starter nothing is started.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import lightning.pytorch as pl
+import torch.distributed as dist
+from lightning.fabric.plugins import ClusterEnvironment
+from lightning.fabric.plugins.environments import LightningEnvironment
+from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+from typing_extensions import override
+
+from lightning_npu_tp.checkpoint.resume import asked_for
+from lightning_npu_tp.devices.launch_queue import heard_of_launch_queue
+from lightning_npu_tp.errors import ConfigError
+from lightning_npu_tp.launch.child_process import ChildProcess, parent_channel
+from lightning_npu_tp.launch.hydra_job import HydraJob, current_job, program
+from lightning_npu_tp.launch.process_group import host_watch
+from lightning_npu_tp.launch.signals import SignalWatch
+from lightning_npu_tp.launch.supervisor import GRACE_SECONDS, Supervisor, end_now, say
+from lightning_npu_tp.trainer.checkpoint_hooks import CheckpointHooks
+from lightning_npu_tp.trainer.explain_collective import explain
+from lightning_npu_tp.trainer.explain_device import explain_device_error
+
+_VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE", "OMP_NUM_THREADS")
+
+# The ranks that this process has started. A module variable, because they belong to the script and not to a trainer:
+# each of them runs the whole script, so a second fit, or a second Trainer, must meet the same ones again.
+_supervisor: Supervisor | None = None
+_reserved_port: socket.socket | None = None
+
+
+class ProcessLauncher(_SubprocessScriptLauncher):
+    """Runs trainer calls on all ranks of this machine; every rank needs one, the started ones too.
+
+    cluster_environment: says who this process is, and whether somebody else starts the ranks.
+    num_processes: ranks on this machine.
+    num_nodes: machines.
+    """
+
+    def __init__(self, cluster_environment: ClusterEnvironment, num_processes: int, num_nodes: int) -> None:
+        super().__init__(cluster_environment, num_processes, num_nodes)
+        self._watch: SignalWatch | None = None
+        self._current: Supervisor | None = None
+
+    @override
+    def launch(self, function: Callable, *args: Any, trainer: pl.Trainer | None = None, **kwargs: Any) -> Any:
+        """Run one trainer call on every rank; the first one of a script or job starts the other ranks.
+
+        Returns what the function returned on this rank.
+        Raises RankFailure if the call failed here because of another rank of this machine, CommunicationError
+        if a collective failed.
+        """
+        self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
+        call = functools.partial(self._run, function, args, kwargs, trainer)
+        with _restored_environment():
+            if not self.cluster_environment.creates_processes_externally:
+                self._current = self._ranks_of_this_job()
+                self.procs = [child.process for child in self._current.children]
+                return self._current.call(call)
+            channel = parent_channel()
+            return call() if channel is None else channel.call(call)
+
+    @override
+    def kill(self, signum: int) -> None:
+        """Send a signal to the ranks that this process started."""
+        for child in self._current.children if self._current else ():
+            child.ended_by_us = child.ended_by_us or signum == signal.SIGKILL
+            child.process.send_signal(signum)
+
+    def watch_signals(
+        self, on_sigterm: Callable[[], None] | None = None, *, grace_seconds: float = GRACE_SECONDS
+    ) -> None:
+        """Take SIGTERM and Ctrl-C over from Lightning until the running trainer call ends.
+
+        To be called on every rank when Lightning has registered its handlers: the strategy's
+        `barrier("run-stage")` comes right after that. SIGTERM to one rank reaches all of them.
+
+        on_sigterm: called in the main thread instead of raising SIGTERMException(143).
+        grace_seconds: after which a rank that has not ended by itself is ended.
+        """
+        supervisor, channel = self._current, parent_channel()
+        if supervisor is not None:
+            supervisor.grace_seconds = grace_seconds
+        if channel is not None:
+            channel.send("grace", seconds=grace_seconds)
+
+        def notice() -> None:
+            if supervisor is not None and not supervisor.terminating:
+                supervisor.terminating = True
+                say("Rank 0 was asked to end by SIGTERM; this ends the run.")
+            self.kill(signal.SIGTERM)
+            if channel is not None:
+                channel.send("terminated")
+
+        def end(exit_code: int) -> None:
+            reason = signal.Signals(exit_code - 128).name
+            rank = self.cluster_environment.local_rank()
+            say(f"Local rank {rank} did not end by itself within {grace_seconds:g} s of {reason}; it was ended.")
+            if supervisor is not None:
+                supervisor.end_run(None, exit_code)
+            end_now(exit_code)
+
+        if self._watch is not None:
+            self._watch.close(unwinding=False)
+        self._watch = SignalWatch(on_sigterm=on_sigterm, grace_seconds=grace_seconds, notice=notice, end=end)
+        self._watch.install()
+
+    def end_unheard(self, error: BaseException, trainer: pl.Trainer | None) -> None:
+        """End this rank from another thread, with an error that the trainer's thread does not come to report."""
+        explained = explain_device_error(error, trainer) or error
+        text = f"{error}\n\n{type(explained).__module__}.{type(explained).__qualname__}: {explained}"
+        say(text)
+        if (channel := parent_channel()) is not None:
+            channel.send("raised", traceback=text)
+        if self._current is not None:
+            self._current.end_run(None, 1)
+        end_now(1)
+
+    def _run(self, function: Callable, args: Any, kwargs: Any, trainer: pl.Trainer | None) -> Any:
+        with self._watched():
+            _set_num_threads_if_needed(num_processes=self.num_processes)
+            if trainer is not None and isinstance(trainer.strategy, CheckpointHooks):
+                trainer.strategy.asked_checkpoint = asked_for(function, args, kwargs)
+            try:
+                return function(*args, **kwargs)
+            except (RuntimeError, ConnectionError) as error:
+                # Here, because Lightning's teardown, which closes the groups, comes further out.
+                heard_of_launch_queue(error)
+                explained = explain(error, host_watch()) or explain_device_error(error, trainer)
+                try:
+                    if explained is not None:
+                        raise explained from error
+                    raise
+                finally:
+                    # The error knows this frame. Knowing each other they would keep what the failed step held on the
+                    # card until Python collects cycles, and a smaller batch that is tried next would not fit.
+                    del explained
+
+    @contextlib.contextmanager
+    def _watched(self) -> Iterator[None]:
+        """Give the signals back after the block, if `watch_signals` took them meanwhile."""
+        unwinding = True
+        try:
+            yield
+            unwinding = False
+        finally:
+            if self._watch is not None:
+                self._watch.close(unwinding=unwinding)
+                self._watch = None
+
+    def _ranks_of_this_job(self) -> Supervisor:
+        """The other ranks, with the environment set for them; started unless this job has them already."""
+        global _supervisor
+        job = current_job()
+        identity = None if job is None else (job.output_dir, job.number)
+        if _supervisor is not None and _supervisor.job != identity:
+            _end_previous_job(_supervisor)
+            _supervisor = None
+        if _supervisor is not None and len(_supervisor.children) not in (0, self.num_processes - 1):
+            raise ConfigError(
+                f"This Trainer asks for {self.num_processes} processes, but the script has already started "
+                f"{len(_supervisor.children) + 1}, and each of them runs the whole script. "
+                "Use the same trainer.devices for every Trainer of a script, or run them as jobs of a sweep."
+            )
+        self._set_environment()
+        if _supervisor is None or len(_supervisor.children) != self.num_processes - 1:
+            _supervisor = Supervisor(self._start_ranks(job), job=identity)
+        return _supervisor
+
+    def _set_environment(self) -> None:
+        global _reserved_port
+        environment = self.cluster_environment
+        if "MASTER_PORT" not in os.environ and type(environment) is LightningEnvironment:
+            _reserved_port = _reserved_port or _reserve_port()
+            os.environ["MASTER_PORT"] = str(_reserved_port.getsockname()[1])
+        os.environ["MASTER_ADDR"] = environment.main_address
+        os.environ["MASTER_PORT"] = str(environment.main_port)
+        os.environ["NODE_RANK"] = str(environment.node_rank())
+        os.environ["LOCAL_RANK"] = str(environment.local_rank())
+        os.environ["WORLD_SIZE"] = str(self.num_processes * self.num_nodes)
+
+    def _start_ranks(self, job: HydraJob | None) -> list[ChildProcess]:
+        first = self.cluster_environment.node_rank() * self.num_processes
+        children = []
+        for local_rank in range(1, self.num_processes):
+            name = f"rank {first + local_rank}"
+            env = {**os.environ, "LOCAL_RANK": str(local_rank)}
+            if job is None:
+                command, cwd = [*program(os.getcwd()), *sys.argv[1:]], None
+            else:
+                # The rank's own traceback must be whole: it is what rank 0 reports.
+                env["HYDRA_FULL_ERROR"] = "1"
+                command = job.command(name=name.replace(" ", "_"), output_subdir=None)
+                cwd = job.original_cwd
+            children.append(ChildProcess(name, command, env=env, cwd=cwd))
+        return children
+
+
+def check_world(cluster_environment: ClusterEnvironment, num_processes: int, num_nodes: int) -> None:
+    """Raise ConfigError if another number of processes was started from outside than the trainer asks for.
+
+    num_processes: ranks on this machine, from trainer.devices.
+    """
+    if not cluster_environment.creates_processes_externally:
+        return
+    wanted = num_processes * num_nodes
+    started = os.environ.get("WORLD_SIZE")
+    if not isinstance(cluster_environment, LightningEnvironment):
+        started = str(cluster_environment.world_size())
+    here = os.environ.get("LOCAL_WORLD_SIZE")
+    local_rank = cluster_environment.local_rank()
+    if started is not None and int(started) != wanted:
+        problem = f"{started} processes were started"
+    elif here is not None and int(here) != num_processes:
+        problem = f"{here} processes were started on this machine"
+    elif local_rank >= num_processes:
+        problem = f"this process was started as local rank {local_rank}, so there are at least {local_rank + 1}"
+    else:
+        return
+    raise ConfigError(
+        f"{problem[0].upper()}{problem[1:]}, but trainer.devices={num_processes} and trainer.num_nodes={num_nodes} ask "
+        f"for {num_processes} on each machine, {wanted} in all. Set trainer.devices to the number of processes per "
+        f"machine, or start {num_processes} per machine (torchrun --nproc-per-node={num_processes})."
+    )
+
+
+def _end_previous_job(supervisor: Supervisor) -> None:
+    global _reserved_port
+    if failure := supervisor.finish():
+        say(failure.report())
+    # A group that the last job has left open would silently be used for this one.
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+    if _reserved_port is not None:
+        _reserved_port.close()
+        _reserved_port = None
+
+
+def _reserve_port() -> socket.socket:
+    """Bind a free port and hold it, without listening.
+
+    A port that is only looked up can be given to another program in the seconds until the ranks have started. With
+    SO_REUSEADDR on both sides the store may listen on a port that is merely held; nobody is given it by chance.
+    """
+    holder = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    holder.bind(("", 0))
+    return holder
+
+
+@contextlib.contextmanager
+def _restored_environment() -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in _VARIABLES}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is not None:
+                os.environ[name] = value
+            else:
+                os.environ.pop(name, None)

@@ -1,0 +1,115 @@
+"""Qwen2-MoE (Qwen1.5-MoE too): Qwen2's attention, mixtures of experts beside a gated shared expert.
+
+A sliding window is refused. transformers' auxiliary loss (output_router_logits, over all layers at once) is
+refused as well: the blocks' own balance loss, by `aux_loss_alpha`, goes layer by layer and is off unless the
+config sets it.
+Source: arXiv:2407.10671; module and parameter names are transformers'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_npu_tp.models.families import common
+from lightning_npu_tp.models.families.family import BuildContext, ModelFamily
+from lightning_npu_tp.models.layers.gqa import GroupedQueryAttention
+from lightning_npu_tp.models.layers.linear import ShardedMLP
+from lightning_npu_tp.models.moe.block import MoEBlock
+from lightning_npu_tp.parallel.plan import Plan, Replicated
+from lightning_npu_tp.parallel.tensor_region import Region
+
+
+class GatedExpert(nn.Module):
+    """sigmoid(x w) * expert(x), as this rank's partial sum.
+
+    expert: an MLP that returns partial sums. gate: holder of w, [1, D], replicated.
+    """
+
+    def __init__(self, expert: ShardedMLP, gate: Any, region: Region) -> None:
+        super().__init__()
+        self.expert = expert
+        self.gate = gate
+        self.region = region
+
+    @property
+    def down_proj(self) -> nn.Module:
+        """What makes the output a partial sum."""
+        return self.expert.down_proj
+
+    def forward(self, entered_BSD: Tensor) -> Tensor:
+        """entered_BSD: [B, S, D], has entered the region; returns the same shape, partial."""
+        # Inside, as each rank's gate sees the gradient of its own part of the expert.
+        gate_BS1 = F.linear(entered_BSD, self.region.weight_inside(self.gate)).sigmoid()
+        return gate_BS1 * self.expert(entered_BSD)
+
+
+class GatedSharedBlock(MoEBlock):
+    """A block whose shared expert and its gate are named as in Qwen2-MoE: shared_expert, shared_expert_gate."""
+
+    def adopt_parameters(self, source: nn.Module) -> None:
+        """Take over the shared expert too."""
+        super().adopt_parameters(source)
+        self.shared_expert = ShardedMLP(source.get_submodule("shared_expert"), self.region, partial=True)
+        self.shared_expert_gate = source.get_submodule("shared_expert_gate")
+        # Not registered: its children are, above, under the names that checkpoints have.
+        self.__dict__["shared_experts"] = GatedExpert(self.shared_expert, self.shared_expert_gate, self.region)
+
+
+def plan(config: Any) -> Plan:
+    """Sharding plan of a Qwen2MoeForCausalLM with this config."""
+    sparse = common.num_sparse_layers(config)
+    rules = common.frame_rules() | common.grouped_query_rules(input_bias=config.qkv_bias)
+    if sparse < config.num_hidden_layers:
+        rules |= common.mlp_rules()
+    if sparse:
+        rules |= common.expert_rules() | common.mlp_rules("*.mlp.shared_expert")
+        rules["*.mlp.shared_expert_gate.weight"] = Replicated(why="one number per token")
+    return rules
+
+
+def units(config: Any) -> Mapping[str, int]:
+    """What a layout must not cut."""
+    experts = {"expert": config.num_experts} if common.num_sparse_layers(config) else {}
+    return common.attention_units(config) | experts
+
+
+def expected(config: Any) -> Mapping[str, int]:
+    """How many modules of each class conversion replaces."""
+    sparse = common.num_sparse_layers(config)
+    mlps = {"Qwen2MoeMLP": config.num_hidden_layers - sparse, "Qwen2MoeSparseMoeBlock": sparse}
+    return common.frame_counts("Qwen2Moe", config) | mlps
+
+
+def check(config: Any) -> None:
+    """Raise ConversionError for a variant whose numbers we would not reproduce."""
+    common.check_positions("qwen2_moe", config)
+    common.check_no_router_logits("qwen2_moe", config)
+
+
+def _attention(source: Any, context: BuildContext) -> nn.Module:
+    return GroupedQueryAttention(source, context.region, context.kernels)
+
+
+def _moe(source: Any, context: BuildContext) -> nn.Module:
+    normalise = bool(context.config.norm_topk_prob)
+    return common.moe_block(source, context, make=GatedSharedBlock, norm_topk_prob=normalise, normalisation="plain")
+
+
+QWEN2_MOE = ModelFamily(
+    name="qwen2_moe",
+    model_class="Qwen2MoeForCausalLM",
+    plan=plan,
+    units=units,
+    expected=expected,
+    check=check,
+    mixins=common.MIXINS,
+    swaps=common.frame_swaps("Qwen2Moe", _attention)
+    | {"Qwen2MoeMLP": common.dense_mlp, "Qwen2MoeSparseMoeBlock": _moe},
+    keys=common.moe_keys,
+    models="Qwen1.5-MoE, Qwen2-57B-A14B",
+    refused="a sliding window, `output_router_logits`",
+)

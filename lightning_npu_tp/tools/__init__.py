@@ -1,0 +1,1 @@
+"""What is run by hand: the command line, check, prove, audit, rehearse, doctor, and the testing kit."""

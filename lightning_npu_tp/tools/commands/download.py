@@ -1,0 +1,62 @@
+"""`lightning-npu-tp download`: a model's safetensors, config and tokenizer from the Hugging Face hub or a mirror."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from lightning_npu_tp.errors import ConfigError, LightningNPUTPError
+
+_WIDE = 160
+
+
+def download(
+    repo_id: Annotated[str, typer.Argument(help="OWNER/NAME on the hub")],
+    dest: Annotated[Path, typer.Argument(help="folder; what is there and right is kept")],
+    revision: Annotated[str, typer.Option(help="branch, tag or commit")] = "main",
+    endpoint: Annotated[str | None, typer.Option(help="address of a mirror; HF_ENDPOINT by default")] = None,
+    token_env: Annotated[
+        str, typer.Option(help="environment variable that holds a token, for gated models")
+    ] = "HF_TOKEN",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="only say what would be fetched")] = False,
+) -> None:
+    """Fetch what loading a model needs, verify sizes and hashes; run it again to go on after an interruption.
+
+    Only safetensors, config, generation config and tokenizer: no .bin, .pt, .gguf or ONNX copies of the weights.
+    """
+    from lightning_npu_tp.checkpoint.files import size_in_words
+    from lightning_npu_tp.weights import download as downloading
+
+    endpoint = (endpoint or os.environ.get("HF_ENDPOINT") or "").rstrip("/") or None
+    token = os.environ.get(token_env) or None
+    try:
+        if token is None and token_env != "HF_TOKEN":
+            raise ConfigError(f"--token-env {token_env}: no such variable is set. Set it, or leave the option out.")
+        listing = downloading.list_repository(repo_id, revision=revision, endpoint=endpoint, token=token)
+        table = Table(title=f"{repo_id} at {listing.commit[:12]}")
+        table.add_column("file", overflow="fold")
+        table.add_column("size", justify="right")
+        for file in listing.files:
+            table.add_row(file.name, size_in_words(file.bytes))
+        Console(width=None if sys.stdout.isatty() else _WIDE).print(table)
+        free = downloading.require_space(listing, dest)
+        typer.echo(
+            f"{len(listing.files)} files, {size_in_words(listing.bytes)}; {size_in_words(free)} are free in {dest}; "
+            f"{len(listing.skipped)} files of the repository are not needed"
+        )
+        if dry_run:
+            return
+        downloading.fetch(listing, dest, endpoint=endpoint, token=token, tell=typer.echo)
+    except (ConfigError, OSError) as error:
+        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+        raise typer.Exit(2) from error
+    except LightningNPUTPError as error:
+        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+        raise typer.Exit(1) from error
+    typer.echo(f"{dest}: {len(listing.files)} files of {repo_id}, all verified")

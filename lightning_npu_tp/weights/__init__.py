@@ -1,0 +1,1 @@
+"""Hugging Face files in and out: read slice by slice, exported under the published names, downloaded."""

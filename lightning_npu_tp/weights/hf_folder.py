@@ -1,0 +1,172 @@
+"""What a Hugging Face folder holds besides weights: config, generation config, tokenizer; and which tensors it holds.
+
+transformers itself is asked, through a model on the meta device that costs no memory: the names and order of the
+tensors that its class saves, which of them are tied, its generation config.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lightning_npu_tp.errors import CheckpointError, ConfigError
+from lightning_npu_tp.models.families.family import ModelFamily
+from lightning_npu_tp.models.families.registry import FAMILIES
+from lightning_npu_tp.models.file_names import Piece, all_pieces
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tiktoken.model",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+@dataclass(frozen=True)
+class Outline:
+    """The tensors of one model: transformers' names, what the files call them, and where the source has them.
+
+    prefix:  of the source's names.
+    shapes:  by transformers' name, in its order; tied ones once.
+    buffers: which of them are buffers.
+    pieces:  transformers' name -> the files' tensors that it is made of.
+    """
+
+    config: Any
+    class_name: str
+    generation_config: Any
+    prefix: str
+    shapes: dict[str, tuple[int, ...]]
+    buffers: frozenset[str]
+    tied: frozenset[str]
+    pieces: dict[str, list[Piece]] = field(repr=False, default_factory=dict)
+
+    def left_out(self, names: Sequence[str]) -> list[str]:
+        """Those of the source's tensors that the folder does not hold."""
+        known = self.shapes.keys() | self.tied
+        return [
+            name for name in names if name.removeprefix(self.prefix) not in known or not name.startswith(self.prefix)
+        ]
+
+
+def outline(
+    config: Any, available: Mapping[str, tuple[int, ...]], *, prefix: str | None, families: Sequence[ModelFamily] = ()
+) -> Outline:
+    """What a folder of a model with this config holds, checked against the source's shapes.
+
+    available: name -> shape in the source.
+    prefix:    of the model's names in the source; None looks for it.
+
+    Raises CheckpointError for tensors that are missing or of another shape, ConfigError for an unknown family.
+    """
+    from transformers import AutoModelForCausalLM
+
+    # As it comes from a file: a converted model's own names the attention that conversion gave it.
+    config = type(config).from_dict(config.to_dict())
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    family = next((family for family in (*families, *FAMILIES) if family.matches(model)), None)
+    if family is None:
+        raise ConfigError(f"{type(model).__name__} is no supported model; its ModelFamily says how files name it.")
+    parameters = dict(model.named_parameters())
+    every = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    state = model.state_dict()
+    buffers = frozenset(state.keys() - every)
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items() if name in parameters or name in buffers}
+    prefix = _prefix(available, next(iter(shapes))) if prefix is None else prefix
+    _check(available, {prefix + name: shape for name, shape in shapes.items()})
+    return Outline(
+        config=config,
+        class_name=type(model).__name__,
+        generation_config=getattr(model, "generation_config", None),
+        prefix=prefix,
+        shapes=shapes,
+        buffers=buffers,
+        tied=frozenset(every - parameters.keys()),
+        pieces=all_pieces(family.keys(config), shapes.items()),
+    )
+
+
+def _prefix(available: Mapping[str, Any], first: str) -> str:
+    found = [name.removesuffix(first) for name in available if name == first or name.endswith(f".{first}")]
+    if len(found) != 1:
+        raise CheckpointError(
+            f"The checkpoint holds {len(found)} models of this config (looking for {first}"
+            f"{': ' + ', '.join(repr(name.rstrip('.')) for name in found) if found else ''}). "
+            + ("Name one with --model." if found else "Give the config that it was trained with, with --config.")
+        )
+    return found[0]
+
+
+def _check(available: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> None:
+    problems = [f"{name} is missing" for name in wanted if name not in available]
+    problems += [
+        f"{name} has shape {tuple(available[name])} instead of {shape}"
+        for name, shape in wanted.items()
+        if name in available and tuple(available[name]) != shape
+    ]
+    if problems:
+        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise CheckpointError(
+            f"The checkpoint does not fit the model's config: {'; '.join(problems[:5])}{more}. Give the config that it "
+            f"was trained with, with --config."
+        )
+
+
+def tokenizer_files(path: Path) -> list[Path]:
+    """A tokenizer's files: of a folder, or of the folder of a tokenizer.json.
+
+    Raises ConfigError where there are none.
+    """
+    folder = path.parent if path.is_file() else path
+    found = [folder / name for name in _TOKENIZER_FILES if (folder / name).is_file()]
+    if path.is_file() and path not in found:
+        # A tokenizer.json under another name: nothing beside it is known to belong to it.
+        found = [path]
+    if not found:
+        raise ConfigError(
+            f"The tokenizer {path} does not exist or holds no tokenizer files. Give the folder that holds "
+            f"tokenizer.json, with --tokenizer, or --tokenizer none to export without one."
+        )
+    return found
+
+
+def write_side_files(folder: Path, plan: Outline, dtype: torch.dtype, tokenizer: Path | None) -> None:
+    """config.json, generation_config.json and the tokenizer's files."""
+    config = copy.deepcopy(plan.config)
+    config.dtype = str(dtype).removeprefix("torch.")
+    config.architectures = [plan.class_name]
+    config.save_pretrained(folder)
+    if plan.generation_config is not None:
+        plan.generation_config.save_pretrained(folder)
+    if tokenizer is None:
+        return
+    for file in tokenizer_files(tokenizer):
+        shutil.copyfile(file, folder / (file.name if file.name in _TOKENIZER_FILES else "tokenizer.json"))
+    beside = tokenizer / "generation_config.json"
+    if tokenizer.is_dir() and beside.is_file() and _model_type(tokenizer) == config.model_type:
+        # The folder that the model came from: its authors' settings are better than what the config says.
+        shutil.copyfile(beside, folder / beside.name)
+
+
+def _model_type(folder: Path) -> str | None:
+    try:
+        return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    except (OSError, ValueError):
+        return None
