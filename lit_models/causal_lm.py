@@ -17,6 +17,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.optim import Optimizer
+from typing_extensions import override
 
 from lightning_npu_tp import weights_from
 from lightning_npu_tp.errors import ConfigError
@@ -92,6 +93,7 @@ class LitCausalLM(LightningModule):
         self.test_loss, self.test_perplexity = TokenLoss(), TokenPerplexity()
         self.model: torch.nn.Module | None = None
 
+    @override
     def configure_model(self) -> None:
         """Build the model once; Lightning calls it before every fit, validate, test and predict."""
         if self.model is not None:
@@ -108,6 +110,7 @@ class LitCausalLM(LightningModule):
 
     # --- training ------------------------------------------------------------------------------
 
+    @override
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Summed loss over the window's divisor; see `TokenMean` for why it is no mean of the batch."""
         tokens = _count(batch)
@@ -120,12 +123,14 @@ class LitCausalLM(LightningModule):
         # A mean over this micro-batch's tokens, so it weighs as many tokens as the micro-batch has.
         return outputs.loss + self.aux_loss_weight * aux_loss * tokens / divisor
 
+    @override
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Finish the gradients, before they are clipped, and log the step's loss."""
         self._token_mean.rescale(self.parameters())
         self.log("train/loss", self._token_mean.loss())
         self._token_mean.reset()
 
+    @override
     def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
     ) -> None:
@@ -135,10 +140,12 @@ class LitCausalLM(LightningModule):
         if norm is not None:
             self.log("train/grad_norm", norm)
 
+    @override
     def on_train_epoch_start(self) -> None:
         """A window never crosses epochs, nor two fits of which the first was stopped in the middle."""
         self._token_mean.reset()
 
+    @override
     def configure_optimizers(self) -> Any:
         """The optimizer over two groups, with and without weight decay, and its schedule per step."""
         if self._optimizer is None:
@@ -165,10 +172,12 @@ class LitCausalLM(LightningModule):
 
     # --- evaluation ----------------------------------------------------------------------------
 
+    @override
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Token-weighted loss and perplexity."""
         self._evaluate(batch, "val", self.val_loss, self.val_perplexity)
 
+    @override
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """As validation, under test/."""
         self._evaluate(batch, "test", self.test_loss, self.test_perplexity)
@@ -179,6 +188,7 @@ class LitCausalLM(LightningModule):
         perplexity.update(nll, tokens)
         self.log_dict({f"{stage}/loss": loss, f"{stage}/perplexity": perplexity}, on_step=False, on_epoch=True)
 
+    @override
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """Score text: log-likelihood of each token after those before it.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torchmetrics import Metric
+from typing_extensions import override
 
 
 class TokenLoss(Metric):
@@ -26,11 +27,13 @@ class TokenLoss(Metric):
         # Integers: float32 stops counting at 16.8 million tokens.
         self.add_state("tokens", default=torch.tensor(0), dist_reduce_fx="sum")
 
+    @override
     def update(self, nll: Tensor, tokens: Tensor) -> None:
         """nll: scalar, summed over the counted tokens. tokens: scalar, their number."""
         self.nll = self.nll + nll.detach()
         self.tokens = self.tokens + tokens
 
+    @override
     def compute(self) -> Tensor:
         """Nats per token over everything seen since the last reset."""
         return self.nll / self.tokens
@@ -39,6 +42,7 @@ class TokenLoss(Metric):
 class TokenPerplexity(TokenLoss):
     """Exponential of the token-weighted mean negative log-likelihood."""
 
+    @override
     def compute(self) -> Tensor:
         """Perplexity over everything seen since the last reset."""
         return super().compute().exp()

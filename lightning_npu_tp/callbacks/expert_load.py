@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
+from typing_extensions import override
 
 from lightning_npu_tp.callbacks.expert_load_metric import ExpertLoad, expert_load
 from lightning_npu_tp.errors import ConfigError
@@ -65,6 +66,7 @@ class ExpertLoadMonitor(Callback):
         self._load: ExpertLoad | None = None
         self._last_step = 0
 
+    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the layers and begin an interval."""
         self._layers = _mixture_layers(pl_module)
@@ -79,6 +81,7 @@ class ExpertLoadMonitor(Callback):
         self._load = ExpertLoad(len(self._layers), sizes[0]).to(pl_module.device)
         self._last_step = trainer.global_step
 
+    @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:

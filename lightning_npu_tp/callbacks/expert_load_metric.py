@@ -13,6 +13,7 @@ import math
 import torch
 from torch import Tensor
 from torchmetrics import Metric
+from typing_extensions import override
 
 
 def expert_load(counts_LE: Tensor, num_picks: Tensor) -> dict[str, Tensor]:
@@ -59,11 +60,13 @@ class ExpertLoad(Metric):
         self.add_state("counts_LE", torch.zeros(num_layers, num_experts, dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("num_picks", torch.tensor(0), dist_reduce_fx="sum")
 
+    @override
     def update(self, counts_LE: Tensor, num_picks: int | Tensor) -> None:
         """counts_LE: int64, picks by expert. num_picks: what each layer should have picked; read nowhere."""
         self.counts_LE = self.counts_LE + counts_LE
         self.num_picks = self.num_picks + num_picks
 
+    @override
     def compute(self) -> dict[str, Tensor]:
         """See `expert_load`; torchmetrics drops the axis L where it is 1."""
         return expert_load(self.counts_LE, self.num_picks)

@@ -14,6 +14,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from typing_extensions import override
 
 from lightning_npu_tp.errors import CheckpointError, ConfigError
 from lightning_npu_tp.models.families.registry import FAMILIES, find_models
@@ -64,6 +65,7 @@ class ExportAtEnd(Callback):
         self._done = False
         self._error: Exception | None = None
 
+    @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse now what could only fail later; rank 0 looks, and every rank raises."""
         self._done, self._error, self.result = False, None, None
@@ -79,10 +81,12 @@ class ExportAtEnd(Callback):
             raise ConfigError(refusal)
         self._find(pl_module)
 
+    @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Export while shards and process group are there."""
         self._export(trainer, pl_module)
 
+    @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say what was done, or what failed; a fit of no steps exports here."""
         if not self._done:

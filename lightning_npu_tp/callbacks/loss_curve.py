@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_npu_tp.errors import ConfigError
 from lightning_npu_tp.trainer.explain_device import may_hang
@@ -54,6 +55,7 @@ class LossCurve(Callback):
         """Take over what an earlier part of the run noted: (optimizer step, loss)."""
         self._train, self._val, self._waiting = list(train), list(val), []
 
+    @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -68,16 +70,19 @@ class LossCurve(Callback):
         if len(self._waiting) >= _CHUNK:
             self._collect()
 
+    @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note the validation loss, also of a validation before training."""
         loss = trainer.callback_metrics.get(self.val_key)
         if trainer.is_global_zero and loss is not None and not trainer.sanity_checking:
             self._val.append((trainer.global_step, float(loss)))
 
+    @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw; checkpoints are written by now."""
         self._draw(trainer)
 
+    @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Draw what there is of a run that failed or was interrupted; nothing is asked of a card that failed."""
         if trainer.state.fn != "fit":

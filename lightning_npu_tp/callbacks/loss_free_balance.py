@@ -11,6 +11,7 @@ from typing import Any
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_npu_tp.errors import ConfigError
 from lightning_npu_tp.models.moe.bias import biased_blocks, clear_pending, update_bias
@@ -33,6 +34,7 @@ class LossFreeBalance(Callback):
         self._blocks: list[Any] = []
         self._last_step: int | None = None
 
+    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the routers."""
         self._blocks = list(biased_blocks(pl_module).values())
@@ -44,6 +46,7 @@ class LossFreeBalance(Callback):
 
         self._last_step = None
 
+    @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Start from nothing: a warm-up, or a fit that was broken off inside a window, may have counted."""
         # Not when the epoch starts: a fit resumed inside one never passes there.
@@ -51,6 +54,7 @@ class LossFreeBalance(Callback):
             clear_pending(self._blocks)
             self._last_step = trainer.global_step
 
+    @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
+from typing_extensions import override
 
 from lightning_npu_tp.errors import ConfigError, LightningNPUTPError
 from lightning_npu_tp.launch.hosts import ranks_in_words
@@ -60,15 +61,18 @@ class NonFiniteGuard(Callback):
         self.consecutive = 0
         self._loss_is_bad: Tensor | None = None
 
+    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A run that was stopped in the middle of a window leaves nothing behind."""
         self._loss_is_bad = None
 
+    @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Remember on the device whether a micro-batch's loss was not finite; reads nothing."""
         bad = ~torch.isfinite(loss.detach()).all()
         self._loss_is_bad = bad if self._loss_is_bad is None else self._loss_is_bad | bad
 
+    @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Let the step happen, drop it, or raise NonFiniteError; the same on every rank."""
         bad_loss, self._loss_is_bad = self._loss_is_bad, None
@@ -107,10 +111,12 @@ class NonFiniteGuard(Callback):
         if log_it:
             log.warning(f"{where} The optimizer step was skipped ({self.skipped} so far).")
 
+    @override
     def state_dict(self) -> dict[str, Any]:
         """The counts."""
         return {"skipped": self.skipped, "consecutive": self.consecutive}
 
+    @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The counts go on."""
         self.skipped, self.consecutive = state_dict["skipped"], state_dict["consecutive"]

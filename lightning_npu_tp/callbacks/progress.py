@@ -11,6 +11,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from rich import get_console
+from typing_extensions import override
 
 
 class TrainingProgressBar(RichProgressBar):
@@ -29,6 +30,7 @@ class TrainingProgressBar(RichProgressBar):
         self._last_line = -1
         self._lines = False
 
+    @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Choose between the bar and lines; only rank 0 shows anything."""
         super().setup(trainer, pl_module, stage)
@@ -38,6 +40,7 @@ class TrainingProgressBar(RichProgressBar):
             self.disable()
 
     @property
+    @override
     def total_train_batches(self) -> int | float:
         """Batches of this epoch until its end or that of the run, whichever comes first; asked as an epoch begins."""
         trainer = self.trainer
@@ -48,12 +51,14 @@ class TrainingProgressBar(RichProgressBar):
         done = trainer.fit_loop.epoch_loop.batch_progress.current.ready % batches
         return min(batches, done + (trainer.max_steps - trainer.global_step) * trainer.accumulate_grad_batches)
 
+    @override
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         """What stands behind the bar, as text."""
         if not self._shown or trainer.global_step % self.every_n_steps == 0:
             self._shown = _numbers(trainer)
         return dict(self._shown)
 
+    @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -67,6 +72,7 @@ class TrainingProgressBar(RichProgressBar):
             numbers = ", ".join(f"{name} {value}" for name, value in _numbers(trainer).items())
             print(f"step {step}{total}: {numbers}", flush=True)
 
+    @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """In lines: what validation within training found."""
         super().on_validation_end(trainer, pl_module)

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from typing_extensions import override
 
 from lightning_npu_tp.devices.device import torch_module
 from lightning_npu_tp.errors import ConfigError
@@ -55,15 +56,18 @@ class TokensPerSecond(Callback):
         self._waited: tuple[float, int, int] | None = None
         self._batches = 0
 
+    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin a new measurement."""
         self._restart()
 
+    @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop the clock."""
         _wait_for_card(pl_module)
         self._left_at = time.perf_counter()
 
+    @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let the clock run on."""
         _wait_for_card(pl_module)
@@ -71,6 +75,7 @@ class TokensPerSecond(Callback):
             self._away += time.perf_counter() - self._left_at
             self._left_at = None
 
+    @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -85,11 +90,13 @@ class TokensPerSecond(Callback):
             if self._waited is None or self._batches >= self.window:
                 self._measure_card(trainer, pl_module, batch[self.key].shape[-1])
 
+    @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """A window that holds a checkpoint would measure the disk: begin a new one."""
         self._marks.clear()
         self._waited = None
 
+    @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Tell the peak memory of every rank."""
         if not _is_card(pl_module):

@@ -24,6 +24,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
+from typing_extensions import override
 
 from lightning_npu_tp.devices.device import torch_module
 from lightning_npu_tp.errors import ConfigError
@@ -62,6 +63,7 @@ class Warmup(Callback):
         self.timeout_s = timeout_s
         self.report = ""
 
+    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Run and report, in one line on rank 0."""
         device = pl_module.device

@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import ReadItem
+from typing_extensions import override
 
 from lightning_npu_tp.checkpoint.files import in_place
 from lightning_npu_tp.checkpoint.manifest import (
@@ -157,6 +158,7 @@ def read_index(path: Path) -> Metadata:
 class _IndexUnpickler(pickle.Unpickler):
     """Makes no object but those that an index is made of."""
 
+    @override
     def find_class(self, module: str, name: str) -> Any:
         if name in _INDEX_MODULES.get(module, ()) or (module == "torch" and _is_dtype(name)):
             return super().find_class(module, name)
@@ -191,6 +193,7 @@ class _NamingFileSystem(FileSystem):
     """Errors while a file is read name the file."""
 
     @contextmanager
+    @override
     def create_stream(self, path: str | os.PathLike, mode: str) -> Generator[io.IOBase]:
         assert mode == "rb", "a reader writes nothing"
         try:
@@ -214,6 +217,7 @@ class _Reader(dcp.FileSystemReader):
         self._metadata = metadata
 
     # No **kwargs: torch takes them as leave to look for other index files.
+    @override
     def read_metadata(self) -> Metadata:  # type: ignore[override]
         if self._metadata.storage_meta is None:
             self._metadata.storage_meta = StorageMeta()
@@ -227,6 +231,7 @@ class _Reader(dcp.FileSystemReader):
 class _Planner(DefaultLoadPlanner):
     """torch's planner; entries that are no tensors are plain data."""
 
+    @override
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         # The parent's torch.load trusts the file; give it one that holds what a careful one has read.
         safe = io.BytesIO()

@@ -13,6 +13,8 @@ import zipfile
 import zlib
 from pathlib import Path
 
+from typing_extensions import override
+
 from lightning_npu_tp.checkpoint.files import CheckedStream, crc32_of
 
 _SEAL = re.compile(rb"lightning_npu_tp bytes=(\d{16}) crc32=([0-9a-f]{8})\Z")
@@ -29,6 +31,7 @@ class SealingStream(CheckedStream):
         self.bytes = 0
         self.failure = None
 
+    @override
     def write(self, data: object) -> int:
         """Write `data`; the last 22 bytes wait."""
         view = memoryview(data).cast("B")  # type: ignore[arg-type]
@@ -43,6 +46,7 @@ class SealingStream(CheckedStream):
             self._tail = joined[-_END_LENGTH:]
         return view.nbytes
 
+    @override
     def flush(self) -> None:
         """Nothing: `seal` follows."""
 

@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import StorageMeta
 from torch.utils._pytree import tree_leaves
+from typing_extensions import override
 
 from lightning_npu_tp.checkpoint.files import (
     PARTIAL,
@@ -241,11 +242,13 @@ class _CheckedFileSystem(FileSystem):
         self._written = written
 
     @contextmanager
+    @override
     def create_stream(self, path: str | os.PathLike, mode: str) -> Generator[io.IOBase]:
         assert mode == "wb", "a writer reads nothing"
         with self._written.open(Path(path)) as stream:
             yield cast(io.IOBase, stream)
 
+    @override
     def rename(self, path: str | os.PathLike, new_path: str | os.PathLike) -> None:
         super().rename(path, new_path)
         self._written.files[Path(new_path).name] = self._written.files.pop(Path(path).name)
@@ -259,6 +262,7 @@ class _Writer(dcp.FileSystemWriter):
         super().__init__(path, sync_files=False)
         self.fs = _CheckedFileSystem(written)
 
+    @override
     def prepare_local_plan(self, plan: Any) -> Any:
         # Inside one of torch's collectives: a failure before it would leave the other ranks in it.
         if not Path(self.path).is_dir():
@@ -267,6 +271,7 @@ class _Writer(dcp.FileSystemWriter):
             )
         return plan
 
+    @override
     def storage_meta(self) -> StorageMeta:
         # The temporary path means nothing to a reader.
         return StorageMeta(save_id=self.save_id)

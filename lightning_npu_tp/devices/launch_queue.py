@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from typing_extensions import override
 
 from lightning_npu_tp.devices.device import torch_module
 from lightning_npu_tp.devices.process_log import logged_errors, place_of_logs
@@ -54,6 +55,7 @@ class LaunchQueueEnded(RuntimeError):
 
     text = ""
 
+    @override
     def __str__(self) -> str:
         return self.text
 

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_npu_tp.kernels import pages
 from lightning_npu_tp.kernels.cpu import spans
@@ -69,6 +70,7 @@ def _grads_by_rows(dy_nF: Tensor, x_nD: Tensor, chunk: _Chunk, out_EFD: Tensor) 
 
 class _ExpertMLP(torch.autograd.Function):
     @staticmethod
+    @override
     def forward(
         ctx: Any,
         x_TD: Tensor,
@@ -96,6 +98,7 @@ class _ExpertMLP(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @override
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
         x_TD, weights_TK, order_R, counts_E, projected_RG, gate_up_EGD, down_EDF = ctx.saved_tensors
         dtype, wide = x_TD.dtype, grad_TD.dtype

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 if TYPE_CHECKING:
     pass
@@ -55,6 +56,7 @@ class GroupedPrimitives:
 
 class _GroupedMatmul(torch.autograd.Function):
     @staticmethod
+    @override
     def forward(ctx: Any, x_RD: Tensor, weight_EFD: Tensor, groups: RowGroups, primitives: GroupedPrimitives) -> Tensor:
         ctx.save_for_backward(x_RD, weight_EFD, groups.counts_E, groups.ends_E)
         ctx.primitives = primitives
@@ -62,6 +64,7 @@ class _GroupedMatmul(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @override
     def backward(ctx: Any, dy_RF: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x_RD, weight_EFD, counts_E, ends_E = ctx.saved_tensors
         groups, dx, dw = RowGroups(counts_E, ends_E), None, None

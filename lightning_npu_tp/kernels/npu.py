@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_npu_tp.kernels import reference
 from lightning_npu_tp.kernels.grouped import GroupedPrimitives, RowGroups
@@ -89,11 +90,13 @@ class _ClearGradient(torch.autograd.Function):
     """The identity, whose gradient is zero where the mask is true."""
 
     @staticmethod
+    @override
     def forward(ctx: Any, x: Tensor, mask: Tensor) -> Tensor:
         ctx.save_for_backward(mask)
         return x.view_as(x)
 
     @staticmethod
+    @override
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (mask,) = ctx.saved_tensors
         return grad.masked_fill(mask, 0), None

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_npu_tp.kernels.grouped import RowGroups
 
@@ -108,12 +109,14 @@ def _sum_of_picks(rows_RD: Tensor, weights_TK: Tensor | None, position_TK: Tenso
 
 class _TokensToRows(torch.autograd.Function):
     @staticmethod
+    @override
     def forward(ctx: Any, x_TD: Tensor, token_R: Tensor, position_TK: Tensor, is_local_TK: Tensor) -> Tensor:
         ctx.save_for_backward(position_TK, is_local_TK)
         return x_TD.index_select(0, token_R)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @override
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None, None]:
         return _sum_of_picks(grad_RD, None, *ctx.saved_tensors).to(grad_RD.dtype), None, None, None
 
@@ -129,6 +132,7 @@ def tokens_to_rows(x_TD: Tensor, rows: PickRows) -> Tensor:
 
 class _RowsToTokens(torch.autograd.Function):
     @staticmethod
+    @override
     def forward(
         ctx: Any, y_RD: Tensor, weights_TK: Tensor, order_R: Tensor, position_TK: Tensor, is_local_TK: Tensor
     ) -> Tensor:
@@ -137,6 +141,7 @@ class _RowsToTokens(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @override
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         y_RD, weights_TK, order_R, position_TK, is_local_TK = ctx.saved_tensors
         num_picks = position_TK.shape[1]

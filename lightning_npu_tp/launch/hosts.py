@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from typing_extensions import override
+
 from lightning_npu_tp.errors import ConfigError
 from lightning_npu_tp.parallel.layout import Layout, divisors
 
@@ -24,6 +26,7 @@ class Host:
     name: str
     ranks: tuple[int, ...]
 
+    @override
     def __str__(self) -> str:
         return f"{self.name} ({ranks_in_words(self.ranks)})"
 

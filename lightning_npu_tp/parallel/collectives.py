@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_npu_tp.errors import CountMismatch
 
@@ -40,12 +41,14 @@ def all_reduce_sum(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 class _CopyToGroup(torch.autograd.Function):
     @staticmethod
+    @override
     def forward(ctx: Any, group: dist.ProcessGroup, *tensors: Tensor) -> Tensor | tuple[Tensor, ...]:
         ctx.group = group
         outputs = tuple(tensor.view_as(tensor) for tensor in tensors)
         return outputs if len(outputs) > 1 else outputs[0]
 
     @staticmethod
+    @override
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         totals = [None if grad is None else all_reduce_sum(grad, ctx.group) for grad in grads]
         return None, *totals
@@ -64,10 +67,12 @@ def copy_to_group(*tensors: Tensor, group: dist.ProcessGroup | None) -> Any:
 
 class _ReduceFromGroup(torch.autograd.Function):
     @staticmethod
+    @override
     def forward(ctx: Any, tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
         return all_reduce_sum(tensor, group)
 
     @staticmethod
+    @override
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
 
@@ -83,6 +88,7 @@ def reduce_from_group(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor
 
 class _GatherLastDim(torch.autograd.Function):
     @staticmethod
+    @override
     def forward(ctx: Any, tensor: Tensor, sizes: Sequence[int], group: dist.ProcessGroup) -> Tensor:
         ctx.sizes, ctx.rank = sizes, dist.get_rank(group)
         widest = max(sizes)
@@ -93,6 +99,7 @@ class _GatherLastDim(torch.autograd.Function):
         return torch.cat([part[..., :size] for part, size in zip(parts, sizes, strict=True)], dim=-1)
 
     @staticmethod
+    @override
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         start = sum(ctx.sizes[: ctx.rank])
         return grad[..., start : start + ctx.sizes[ctx.rank]].contiguous(), None, None
@@ -142,23 +149,27 @@ class _Transfer:
 
 class _StartExchange(torch.autograd.Function):
     @staticmethod
+    @override
     def forward(ctx: Any, rows: Tensor, transfer: _Transfer) -> Tensor:
         ctx.transfer = transfer
         return transfer.start(rows, transfer.send_rows, transfer.recv_rows)
 
     @staticmethod
+    @override
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None]:
         return ctx.transfer.finish(), None
 
 
 class _FinishExchange(torch.autograd.Function):
     @staticmethod
+    @override
     def forward(ctx: Any, received: Tensor, transfer: _Transfer) -> Tensor:
         ctx.transfer = transfer
         transfer.finish()
         return received.view_as(received)
 
     @staticmethod
+    @override
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         # The gradient travels beside the graph: what goes along the edge must have the shape of the rows here,
         # and nobody looks at it.

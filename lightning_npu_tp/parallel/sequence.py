@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_npu_tp.parallel.collectives import group_size
 from lightning_npu_tp.parallel.plan import chunk_bounds
@@ -78,11 +79,13 @@ def sum_to_slice(partial: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 class _GatherSequence(torch.autograd.Function):
     @staticmethod
+    @override
     def forward(ctx: Any, own: Tensor, length: int, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
         return join_slices(own, length, group)
 
     @staticmethod
+    @override
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return sum_to_slice(grad, ctx.group), None, None
 
@@ -99,11 +102,13 @@ def gather_sequence(own_BsX: Tensor, length: int, group: dist.ProcessGroup | Non
 
 class _ReduceToSequence(torch.autograd.Function):
     @staticmethod
+    @override
     def forward(ctx: Any, partial: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.length, ctx.group = partial.shape[1], group
         return sum_to_slice(partial, group)
 
     @staticmethod
+    @override
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return join_slices(grad, ctx.length, ctx.group), None
 
@@ -119,11 +124,13 @@ def reduce_to_sequence(partial_BSX: Tensor, group: dist.ProcessGroup | None) -> 
 
 class _SliceSequence(torch.autograd.Function):
     @staticmethod
+    @override
     def forward(ctx: Any, whole: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.length, ctx.group = whole.shape[1], group
         return own_slice(whole, group).clone()
 
     @staticmethod
+    @override
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return join_slices(grad, ctx.length, ctx.group), None
 

@@ -26,6 +26,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode
+from typing_extensions import override
 
 from lightning_npu_tp.tools.operators import operator_table
 from lightning_npu_tp.tools.operators.limits import (
@@ -138,6 +139,7 @@ class Recorder(CountOperators):
         self.is_one_kernel = False
         self._within: list[str] = []
 
+    @override
     def __enter__(self) -> Recorder:
         self._names = {id(module): name for name, module in self.root.named_modules()}
         self._note_wide_parameters()
@@ -146,6 +148,7 @@ class Recorder(CountOperators):
         super().__enter__()
         return self
 
+    @override
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
@@ -168,6 +171,7 @@ class Recorder(CountOperators):
 
     # --- what is called ------------------------------------------------------------------------
 
+    @override
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -231,6 +235,7 @@ class Recorder(CountOperators):
             torch._C.DispatchKey.CompositeExplicitAutograd
         )
 
+    @override
     def record(self, kind: Any, operator: str, tensor: Tensor | None = None) -> None:
         """Keep a call that the kit has seen where Python made it: .cpu(), .tolist(), .numpy()."""
         if tensor is None or not self.is_on_host(tensor):
@@ -321,6 +326,7 @@ class _Functions(TorchFunctionMode):
         super().__init__()
         self.recorder = recorder
 
+    @override
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
+from typing_extensions import override
 
 from lightning_npu_tp import kernels
 from lightning_npu_tp.convert.convert import Options, convert
@@ -261,6 +262,7 @@ def _watch_module(world_size: int, request: Request) -> list[Finding]:
 
         recorder: Recorder
 
+        @override
         def on_train_batch_start(
             self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
         ) -> None:
@@ -268,6 +270,7 @@ def _watch_module(world_size: int, request: Request) -> list[Finding]:
             self.recorder = Recorder(pl_module)
             self.recorder.__enter__()
 
+        @override
         def on_train_batch_end(
             self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
         ) -> None:

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import psutil
+from typing_extensions import override
 
 _STATUS = Path("/proc/self/status")
 _LIMITS = ((Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),)
@@ -50,6 +51,7 @@ class HostPeak(threading.Thread):
         self.before = self.value = anonymous_bytes()
         self._running = True
 
+    @override
     def run(self) -> None:
         """See Thread."""
         while self._running:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from lightning.fabric.accelerators.registry import _AcceleratorRegistry
 from lightning.pytorch.accelerators import Accelerator, AcceleratorRegistry
+from typing_extensions import override
 
 from lightning_npu_tp.devices import device as devices_of_this_machine
 from lightning_npu_tp.devices.device import NPU
@@ -32,6 +33,7 @@ class NPUAccelerator(Accelerator):
                 f"trainer.accelerator=cpu."
             )
 
+    @override
     def setup_device(self, device: torch.device) -> None:
         """Make `device` the current NPU.
 
@@ -45,15 +47,18 @@ class NPUAccelerator(Accelerator):
             )
         devices_of_this_machine.torch_module(NPU).set_device(device)
 
+    @override
     def teardown(self) -> None:
         """Give the cached memory back."""
         devices_of_this_machine.torch_module(NPU).empty_cache()
 
+    @override
     def get_device_stats(self, device: torch.device | str | int) -> dict[str, Any]:
         """The allocator's counters of `device`, for DeviceStatsMonitor."""
         return devices_of_this_machine.torch_module(NPU).memory_stats(device)
 
     @staticmethod
+    @override
     def parse_devices(devices: int | str | Sequence[int]) -> list[int]:
         """Turn trainer.devices into the indices of NPUs, ascending as given.
 
@@ -73,26 +78,31 @@ class NPUAccelerator(Accelerator):
         return wanted
 
     @staticmethod
+    @override
     def get_parallel_devices(devices: Sequence[int]) -> list[torch.device]:
         """One torch device per index that `parse_devices` returned."""
         return [torch.device(NPU, index) for index in devices]
 
     @staticmethod
+    @override
     def auto_device_count() -> int:
         """Number of NPUs that this process may use."""
         return devices_of_this_machine.npu_device_count()
 
     @staticmethod
+    @override
     def is_available() -> bool:
         """Whether an NPU can be used; never raises."""
         return devices_of_this_machine.npu_is_available()
 
     @staticmethod
+    @override
     def name() -> str:
         """The name under which the Trainer knows this accelerator."""
         return NPU
 
     @classmethod
+    @override
     def register_accelerators(cls, accelerator_registry: _AcceleratorRegistry) -> None:
         """Enter this class into Lightning's registry; again, where it is there already."""
         accelerator_registry.register(cls.name(), cls, description="Ascend NPU", override=True)

@@ -25,6 +25,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
+from typing_extensions import override
 
 from lightning_npu_tp.checkpoint import identity, rank_state, reader, resume, training_state, writer
 from lightning_npu_tp.checkpoint.deferred import Postponed, goes_on, step_is_half_made
@@ -122,6 +123,7 @@ class CheckpointHooks(ParallelStrategy):
 
     # --- saving --------------------------------------------------------------------------------
 
+    @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Shards, or everything on rank 0."""
         # Lightning collects this first: host memory then never holds two checkpoints.
@@ -129,6 +131,7 @@ class CheckpointHooks(ParallelStrategy):
         with self.process_group():
             return training_state.model_state(self._module, full=not self._checkpoints.sharded)
 
+    @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """State by parameter name, shards, or everything on rank 0."""
         if isinstance(optimizer, LightningOptimizer):
@@ -136,6 +139,7 @@ class CheckpointHooks(ParallelStrategy):
         with self.process_group():
             return training_state.optimizer_state(self._module, optimizer, full=not self._checkpoints.sharded)
 
+    @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Write the trainer's state, or begin to with `async_save`; every rank calls it.
 
@@ -253,6 +257,7 @@ class CheckpointHooks(ParallelStrategy):
         """Return once no checkpoint is being written. Raises CheckpointError if that failed, or warns."""
         self._saves.wait()
 
+    @override
     def on_train_end(self) -> None:
         """Have every checkpoint on disk, and say again which are missing."""
         # Where training was stopped within a step, that step never ends.
@@ -271,6 +276,7 @@ class CheckpointHooks(ParallelStrategy):
             dist.destroy_process_group(self._save_group)
         self._save_group = None
 
+    @override
     def remove_checkpoint(self, filepath: Any) -> None:
         """Delete a checkpoint, after the save in flight and only if that is good; rank 0 does it."""
         path = Path(os.path.abspath(filepath))
@@ -280,15 +286,18 @@ class CheckpointHooks(ParallelStrategy):
     # --- loading -------------------------------------------------------------------------------
 
     @property
+    @override
     def restore_checkpoint_after_setup(self) -> bool:
         """The shards exist after setup."""
         return True
 
     @property
+    @override
     def lightning_restore_optimizer(self) -> bool:
         """`load_checkpoint` has done it."""
         return False
 
+    @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Load weights and, while fitting, optimizer states and this rank's own state; returns the rest.
 
@@ -396,6 +405,7 @@ class CheckpointHooks(ParallelStrategy):
             f"taken over."
         )
 
+    @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Let the first batch of a resumed run draw what it would have drawn.
 
@@ -408,8 +418,10 @@ class CheckpointHooks(ParallelStrategy):
         if state is not None:
             rank_state.apply_rank_state(self._module.trainer, state)
 
+    @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Done by `load_checkpoint`."""
 
+    @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Done by `load_checkpoint`."""

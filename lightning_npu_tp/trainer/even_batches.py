@@ -18,6 +18,7 @@ from lightning.pytorch.overrides.distributed import (
 )
 from torch.utils.data import DataLoader, Sampler
 from torch.utils.data.distributed import DistributedSampler
+from typing_extensions import override
 
 from lightning_npu_tp.errors import ConfigError
 
@@ -59,6 +60,7 @@ class EvenBatches(Sampler[list[int]]):
         self._rank, self._ranks = rank, ranks
         self.batch_size, self.drop_last = batch_size, False
 
+    @override
     def __iter__(self) -> Iterator[list[Any]]:
         if hasattr(self._source, "reset"):
             self._source.reset()

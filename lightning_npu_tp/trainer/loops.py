@@ -20,6 +20,7 @@ from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.loops.loop import _Loop
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_npu_tp.checkpoint.rank_state import apply_rank_state, collect_rank_state
 
@@ -36,11 +37,13 @@ class TrainingEpochLoop(_TrainingEpochLoop):
     _deferred: list[bool] | None = None
     _batch_has_ended = True
 
+    @override
     def _broadcast_sigterm_tensor(self) -> None:
         pass
 
     # --- what a checkpoint says ----------------------------------------------------------------
 
+    @override
     def on_save_checkpoint(self) -> dict[str, Any]:
         """Lightning's state, what is left of this batch, and the metrics that callbacks and schedulers look at."""
         state: dict[str, Any] = super().on_save_checkpoint()
@@ -63,6 +66,7 @@ class TrainingEpochLoop(_TrainingEpochLoop):
             return END if self.trainer.lightning_module._current_fx_name == "on_validation_end" else VALIDATION
         return VALIDATION if self._should_check_val_fx(self.trainer.fit_loop._data_fetcher) else END  # type: ignore[arg-type]
 
+    @override
     def on_load_checkpoint(self, state_dict: dict[str, Any]) -> None:
         """Takes the same back; the progress of this loop has been loaded."""
         super().on_load_checkpoint(state_dict)
@@ -101,16 +105,20 @@ class TrainingEpochLoop(_TrainingEpochLoop):
     # --- a batch -------------------------------------------------------------------------------
 
     @property
+    @override
     def _is_validation_done(self) -> bool:
         return super()._is_validation_done if self.left is None else not self.has_something_left
 
+    @override
     def _should_check_val_fx(self, data_fetcher: Any) -> bool:
         return super()._should_check_val_fx(data_fetcher) if self.left is None else self.left == VALIDATION
 
+    @override
     def _should_accumulate(self) -> bool:
         # A step was made at that batch, also where this run has another window.
         return not self.has_something_left and super()._should_accumulate()
 
+    @override
     def run(self, data_fetcher: Any) -> None:
         """The batches of an epoch, or what is left of them."""
         strategy: Any = self.trainer.strategy
@@ -119,6 +127,7 @@ class TrainingEpochLoop(_TrainingEpochLoop):
             apply_rank_state(self.trainer, strategy.resumed_state)
         super().run(data_fetcher)
 
+    @override
     def advance(self, data_fetcher: Any) -> None:
         """One batch, or the end of the one of the checkpoint."""
         strategy: Any = self.trainer.strategy
@@ -135,6 +144,7 @@ class TrainingEpochLoop(_TrainingEpochLoop):
         self._batch_has_ended = False
         super().advance(data_fetcher)
 
+    @override
     def on_advance_end(self, data_fetcher: Any) -> None:
         """The end of a batch, with a validation where one is due; it leaves the generators of training as they are."""
         strategy: Any = self.trainer.strategy
@@ -166,6 +176,7 @@ def _savers(trainer: Trainer) -> list[ModelCheckpoint]:
 class FitLoop(_FitLoop):
     """Lightning's loop over epochs; ends the batch of the checkpoint even where no further step is to be made."""
 
+    @override
     def on_run_start(self) -> None:
         """Before the first epoch."""
         super().on_run_start()
@@ -173,10 +184,12 @@ class FitLoop(_FitLoop):
             self.epoch_loop.tell_savers()
 
     @property
+    @override
     def done(self) -> bool:
         """Whether to leave the loop."""
         return not getattr(self.epoch_loop, "has_something_left", False) and super().done
 
+    @override
     def run(self) -> None:
         """The epochs that are left.
 
@@ -189,6 +202,7 @@ class FitLoop(_FitLoop):
             self.epoch_progress.increment_processed()
             self.epoch_progress.increment_completed()
 
+    @override
     def state_dict(self, destination: dict[str, Any] | None = None, prefix: str = "") -> dict[str, Any]:
         """Lightning's state, but an epoch that a limit of steps or a callback has cut short is still being trained.
 
@@ -202,6 +216,7 @@ class FitLoop(_FitLoop):
                 part["processed"] = part["completed"] = part["ready"] - 1
         return found
 
+    @override
     @property
     def restarting(self) -> bool:
         """Whether an epoch was begun before this process."""

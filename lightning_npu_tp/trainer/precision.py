@@ -20,6 +20,7 @@ import torch.distributed as dist
 from lightning.pytorch.plugins import precision as stock
 from torch import Tensor
 from torch.optim import Optimizer
+from typing_extensions import override
 
 from lightning_npu_tp.devices.device import supported_precisions
 from lightning_npu_tp.errors import ConfigError
@@ -33,6 +34,7 @@ class AgreedGradScaler(torch.amp.GradScaler):
     initialised, so every rank must step, one without gradients too.
     """
 
+    @override
     def _unscale_grads_(
         self, optimizer: Optimizer, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool
     ) -> dict[torch.device, Tensor]:
@@ -60,10 +62,12 @@ class ShardedClipping(stock.Precision):
 
     grad_norm: Tensor | None = None
 
+    @override
     def clip_grad_by_value(self, optimizer: Optimizer, clip_val: float) -> None:
         """Clamp every gradient element of the optimizer to [-clip_val, clip_val]."""
         clip_grad_value_(self.main_params(optimizer), clip_val)
 
+    @override
     def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: float) -> None:
         """Scale the optimizer's gradients so that their norm over all ranks is at most clip_val."""
         self.grad_norm = clip_grad_norm_(self.main_params(optimizer), clip_val)

@@ -32,6 +32,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 from lightning_utilities.core.rank_zero import rank_zero_only as utils_rank_zero_only
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from typing_extensions import override
 
 from lightning_npu_tp import kernels as kernel_choice
 from lightning_npu_tp.convert.convert import Options, adopt, convert, materialize_rest
@@ -186,11 +187,13 @@ class NPUTensorParallelStrategy(CheckpointHooks):
         return len(self.parallel_devices) if self.parallel_devices is not None else 0
 
     @property
+    @override
     def root_device(self) -> torch.device:
         """This rank's device."""
         assert self.parallel_devices is not None
         return self.parallel_devices[self.local_rank]
 
+    @override
     @property
     def precision_plugin(self) -> Precision:
         """The precision plugin, made for this run's device type."""
@@ -205,6 +208,7 @@ class NPUTensorParallelStrategy(CheckpointHooks):
             plugin = rebuild_precision(plugin, devices[0].type)
         self._precision_plugin = plugin
 
+    @override
     def _configure_launcher(self) -> None:
         assert self.cluster_environment is not None
         # The devices came after the precision plugin.
@@ -236,15 +240,18 @@ class NPUTensorParallelStrategy(CheckpointHooks):
         return self._options
 
     @property
+    @override
     def layout(self) -> Layout:
         """Sizes of this run's axes."""
         return self._layout or self._resolve_layout()
 
     @property
+    @override
     def distributed_sampler_kwargs(self) -> dict[str, int]:
         """Ranks of one data rank see the same batches."""
         return {"num_replicas": self.layout.data, "rank": self.global_rank // self.layout.tensor}
 
+    @override
     def process_dataloader(self, dataloader: Any) -> Any:
         """Let an evaluation see each sample once, in as many batches on every data rank."""
         return count_once(dataloader)
@@ -263,6 +270,7 @@ class NPUTensorParallelStrategy(CheckpointHooks):
         """The process groups that the converted modules use."""
         return self._groups
 
+    @override
     def setup_environment(self) -> None:
         """Bind the device, meet the other ranks, build the meshes."""
         super().setup_environment()
@@ -315,6 +323,7 @@ class NPUTensorParallelStrategy(CheckpointHooks):
             groups.bind(meshes)
 
     @contextmanager
+    @override
     def process_group(self) -> Iterator[None]:
         """Have the process group outside of a Trainer method; every rank enters it.
 
@@ -351,6 +360,7 @@ class NPUTensorParallelStrategy(CheckpointHooks):
 
     # --- setup and teardown --------------------------------------------------------------------
 
+    @override
     def setup(self, trainer: Trainer) -> None:
         """Convert and shard what the module holds, then build the optimizers."""
         assert self.model is not None and self.accelerator is not None and self.lightning_module is not None
@@ -416,21 +426,25 @@ class NPUTensorParallelStrategy(CheckpointHooks):
         watch = host_watch()
         return [] if watch is None else crossings(watch.hosts, self.layout)
 
+    @override
     def model_to_device(self) -> None:
         """Move what is not on the device yet."""
         assert self.model is not None
         self.model.to(self.root_device)
 
     @contextmanager
+    @override
     def tensor_init_context(self, empty_init: bool | None = None) -> Generator[None, None, None]:
         """Weights made inside `configure_model` stay on the CPU, or on meta when asked for."""
         with torch.device("meta") if empty_init else nullcontext(), self.precision_plugin.tensor_init_context():
             yield
 
+    @override
     def on_exception(self, exception: BaseException) -> None:
         """Note whether this rank's card can still be asked for anything."""
         self._card_failed = self.root_device.type != "cpu" and may_hang(exception)
 
+    @override
     def teardown(self) -> None:
         """Give back device memory and destroy the process group."""
         assert self.cluster_environment is not None and self.accelerator is not None
@@ -462,6 +476,7 @@ class NPUTensorParallelStrategy(CheckpointHooks):
         )
         close_all(steps, failing=failing)
 
+    @override
     def on_train_start(self) -> None:
         """Refuse data ranks with different numbers of batches."""
         trainer = self._module.trainer
@@ -471,6 +486,7 @@ class NPUTensorParallelStrategy(CheckpointHooks):
     # --- gradients over data ranks -------------------------------------------------------------
 
     @contextmanager
+    @override
     def block_backward_sync(self) -> Generator[None, None, None]:
         """Add to the gradients without reducing them, for all micro-batches but a step's last."""
         self._reduces_gradients = False
@@ -481,6 +497,7 @@ class NPUTensorParallelStrategy(CheckpointHooks):
             reduce_gradients(self._module, True)
             self._reduces_gradients = True
 
+    @override
     def post_backward(self, closure_loss: Tensor) -> None:
         """Average the gradients of layers that conversion left alone; FSDP has done the others."""
         if self._reduces_gradients and self.layout.data > 1:
@@ -492,6 +509,7 @@ class NPUTensorParallelStrategy(CheckpointHooks):
 
     # --- talking to the other ranks ------------------------------------------------------------
 
+    @override
     def barrier(self, name: str | None = None) -> None:
         """Wait for every rank."""
         if not dist.is_initialized():
@@ -508,6 +526,7 @@ class NPUTensorParallelStrategy(CheckpointHooks):
         else:
             dist.barrier(device_ids=[self.root_device.index])
 
+    @override
     def broadcast(self, obj: Any, src: int = 0) -> Any:
         """Rank `src`'s picklable object, on every rank."""
         if not dist.is_initialized() or self.world_size == 1:
@@ -516,12 +535,14 @@ class NPUTensorParallelStrategy(CheckpointHooks):
         dist.broadcast_object_list(box, src)
         return box[0]
 
+    @override
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
         """Combine one value per data rank; tensor ranks saw the same samples and count once."""
         if not isinstance(tensor, Tensor) or not dist.is_initialized():
             return tensor
         return reduce_over_data(tensor, self.layout, self.meshes.data_group if group is None else group, reduce_op)
 
+    @override
     def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
         """One value per data rank: [data, ...]."""
         if not dist.is_initialized():
@@ -531,6 +552,7 @@ class NPUTensorParallelStrategy(CheckpointHooks):
             return tensor.unsqueeze(0) if sync_grads else tensor.detach().unsqueeze(0)
         return super().all_gather(tensor, group=group, sync_grads=sync_grads)
 
+    @override
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:  # noqa: A002
         """Whether all (or any) of the ranks decided so."""
         if not dist.is_initialized() or self.world_size == 1:
@@ -540,6 +562,7 @@ class NPUTensorParallelStrategy(CheckpointHooks):
         return bool(flag.item())
 
     @property
+    @override
     def _module(self) -> LightningModule:
         assert self.lightning_module is not None, "no trainer call has connected a module yet"
         return self.lightning_module

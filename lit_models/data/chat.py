@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from typing_extensions import override
 
 from lightning_npu_tp.errors import DataError
 from lit_models.data.cache import open_or_build
@@ -101,6 +102,7 @@ class ChatDataModule(SequenceDataModule):
         self.max_samples = max_samples
         self._left_out: dict[str, list[str]] = {}
 
+    @override
     def setup(self, stage: str | None = None) -> None:
         """Read, encode and pack both sets, once; every stage uses the same two."""
         if self.train_set is not None:

@@ -21,6 +21,7 @@ import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
+from typing_extensions import override
 
 from lightning_npu_tp.errors import DataError
 from lit_models.data.cache import default_folder
@@ -131,6 +132,7 @@ class SequenceDataModule(LightningDataModule):
         kwargs = None if self.trainer is None else self.trainer.distributed_sampler_kwargs
         return (1, 0) if kwargs is None else (kwargs["num_replicas"], kwargs["rank"])
 
+    @override
     def train_dataloader(self) -> PositionedLoader:
         """Shuffled full batches of this data rank; the order follows `set_epoch`, which Lightning calls."""
         self.setup("fit")
@@ -170,6 +172,7 @@ class SequenceDataModule(LightningDataModule):
         if isinstance(self.trainer, Trainer):
             count_batches_as_done(self.trainer, batches)
 
+    @override
     def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
         """The validation set in order, in full batches; an empty list, which Lightning skips, if there is none."""
         self.setup("validate")
@@ -182,10 +185,12 @@ class SequenceDataModule(LightningDataModule):
         )
         return DataLoader(dataset, sampler=sampler, **self._loader_settings())
 
+    @override
     def test_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
         """The validation set: there is no third split."""
         return self.val_dataloader()
 
+    @override
     def predict_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
         """The validation set, for scoring text; blank sequences at its end have labels of -100 only."""
         return self.val_dataloader()

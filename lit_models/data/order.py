@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sized
 import numpy as np
 import torch
 from torch.utils.data.distributed import DistributedSampler
+from typing_extensions import override
 
 TABLE_LIMIT = 2**24
 _CHUNK = 8192  # places computed at once
@@ -85,16 +86,19 @@ class EpochSampler(DistributedSampler):
         self.start = 0
         self.before_epoch: Callable[[], None] | None = None
 
+    @override
     def __len__(self) -> int:
         """Samples of this rank in a whole epoch, wherever the next iteration begins."""
         return self.num_steps * self.samples_per_step // self.num_replicas
 
+    @override
     def set_epoch(self, epoch: int) -> None:
         """Take this epoch's order from the next iteration on."""
         if self.before_epoch is not None:
             self.before_epoch()
         super().set_epoch(epoch)
 
+    @override
     def __iter__(self) -> Iterator[int]:
         # Taken now and not at the first index: loaders ask for an iterator more than once before they use one.
         return self._indices(self.start, self.epoch)

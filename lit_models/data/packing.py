@@ -28,6 +28,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch.utils.data import Dataset
+from typing_extensions import override
 
 from lightning_npu_tp.errors import DataError
 from lit_models.data.streams import TokenStream
@@ -103,6 +104,7 @@ class PackedDataset(Dataset[dict[str, torch.Tensor]]):
     def __len__(self) -> int:
         return self.num_sequences + self.num_blank
 
+    @override
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         if not 0 <= index < len(self):
             raise IndexError(f"sequence {index} of {len(self)}")

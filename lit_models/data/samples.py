@@ -18,6 +18,7 @@ import copy
 import numpy as np
 import torch
 from torch.utils.data import Dataset
+from typing_extensions import override
 
 from lit_models.data.packing import IGNORED, restart_positions
 from lit_models.data.streams import TokenStream
@@ -86,6 +87,7 @@ class SampleDataset(Dataset[dict[str, torch.Tensor]]):
     def __len__(self) -> int:
         return self.num_sequences + self.num_blank
 
+    @override
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         if not 0 <= index < len(self):
             raise IndexError(f"sequence {index} of {len(self)}")

@@ -12,6 +12,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from typing_extensions import override
+
 from lightning_npu_tp.errors import DataError
 from lit_models.data.cache import open_or_build
 from lit_models.data.documents import (
@@ -114,6 +116,7 @@ class TextDataModule(SequenceDataModule):
         self.max_val_tokens = max_val_tokens
         self.include_tests = include_tests
 
+    @override
     def setup(self, stage: str | None = None) -> None:
         """Read, encode and pack both sets, once; every stage uses the same two."""
         if self.train_set is not None:

@@ -10,6 +10,7 @@ from lightning.fabric.utilities.apply_func import convert_tensors_to_scalars
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from typing_extensions import override
 
 from lightning_npu_tp.callbacks import LossCurve
 from lightning_npu_tp.trainer.loops import VALIDATION
@@ -31,6 +32,7 @@ class ContinueRun(Callback):
         self._continues = continues
         self._begun = False
 
+    @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Adds `ROW`: the metrics that are about to be logged for the step that was just made, if any are."""
         connector, step = trainer._logger_connector, trainer.fit_loop.epoch_loop._batches_that_stepped
@@ -39,6 +41,7 @@ class ContinueRun(Callback):
             row = convert_tensors_to_scalars(connector.metrics["log"])
             checkpoint[ROW] = {"step": step, "epoch": trainer.current_epoch, **row}
 
+    @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """The step is known; also of a run that has nothing left to do."""
         row = checkpoint.pop(ROW, None)
@@ -54,12 +57,14 @@ class ContinueRun(Callback):
         validates = loops is not None and loops["epoch_loop.state_dict"].get("left") == VALIDATION
         self._cut(trainer, step, row, validates=validates)
 
+    @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Before the first row of a run that had no checkpoint yet: what an earlier start logged goes."""
         if self._continues and not self._begun:
             self._begun = True
             self._cut(trainer, 0, None, validates=False)
 
+    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The same, where nothing was validated before."""
         self.on_validation_start(trainer, pl_module)

@@ -19,6 +19,7 @@ from typing import Any
 
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from typing_extensions import override
 
 from lightning_npu_tp.errors import ConfigError
 
@@ -44,25 +45,30 @@ class CSVMetrics(Logger):
         self._there: set[tuple[int, frozenset[str]]] = set()
 
     @property
+    @override
     def name(self) -> str:
         """Part of no path: the file is named in full."""
         return ""
 
     @property
+    @override
     def version(self) -> str:
         """Part of no path: the file is named in full."""
         return ""
 
     @property
+    @override
     def log_dir(self) -> str:
         """The folder of the file, for callbacks that ask the trainer where to write."""
         return str(self.path.parent)
 
     @rank_zero_only
+    @override
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
         """Not kept here: the run folder has the whole config."""
 
     @rank_zero_only
+    @override
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """metrics: name -> number; step: optimizer step."""
         if step is not None and (row := (step, frozenset(metrics))) in self._there:
@@ -73,6 +79,7 @@ class CSVMetrics(Logger):
             self.save()
 
     @rank_zero_only
+    @override
     def save(self) -> None:
         """Write the rows that are still in memory."""
         if not self._rows:
@@ -130,6 +137,7 @@ class CSVMetrics(Logger):
         self.save()
 
     @rank_zero_only
+    @override
     def finalize(self, status: str) -> None:
         """Write what is left at the end of a trainer call."""
         self._failed = False

@@ -20,6 +20,7 @@ from typing import Any
 
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, read_write
+from typing_extensions import override
 
 from lightning_npu_tp.errors import ConfigError, LightningNPUTPError
 
@@ -182,6 +183,7 @@ class GuardRunFolder(Callback):
     Hydra turns a callback's exceptions into warnings, so a refusal ends the process here.
     """
 
+    @override
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """A single run: its folder must be new and writable."""
         if is_follower():
@@ -191,6 +193,7 @@ class GuardRunFolder(Callback):
             return
         self._check(config, Path(config.hydra.run.dir))
 
+    @override
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """A sweep: the same of the folder that all its jobs share."""
         if not is_follower():

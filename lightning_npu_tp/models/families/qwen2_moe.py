@@ -13,6 +13,7 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import override
 
 from lightning_npu_tp.models.families import common
 from lightning_npu_tp.models.families.family import BuildContext, ModelFamily
@@ -40,6 +41,7 @@ class GatedExpert(nn.Module):
         """What makes the output a partial sum."""
         return self.expert.down_proj
 
+    @override
     def forward(self, entered_BSD: Tensor) -> Tensor:
         """entered_BSD: [B, S, D], has entered the region; returns the same shape, partial."""
         # Inside, as each rank's gate sees the gradient of its own part of the expert.
@@ -50,6 +52,7 @@ class GatedExpert(nn.Module):
 class GatedSharedBlock(MoEBlock):
     """A block whose shared expert and its gate are named as in Qwen2-MoE: shared_expert, shared_expert_gate."""
 
+    @override
     def adopt_parameters(self, source: nn.Module) -> None:
         """Take over the shared expert too."""
         super().adopt_parameters(source)

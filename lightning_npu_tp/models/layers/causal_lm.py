@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.utils import can_return_tuple
+from typing_extensions import override
 
 from lightning_npu_tp.errors import ConfigError
 from lightning_npu_tp.models.layers.vocab import IGNORED_LABEL
@@ -67,6 +68,7 @@ class ShardedDecoder(nn.Module):
     # Set by conversion; a decoder that was only mixed with this class works whole.
     region: Region = Region(Groups())
 
+    @override
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -121,6 +123,7 @@ class ShardedCausalLM(nn.Module):
     lm_head: Any
 
     @can_return_tuple
+    @override
     def forward(
         self,
         input_ids: Tensor | None = None,

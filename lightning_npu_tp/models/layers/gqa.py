@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from lightning_npu_tp.kernels import REFERENCE, Kernels
 from lightning_npu_tp.models.layers.linear import ShardedLinear
@@ -34,6 +35,7 @@ class HeadNorm(nn.Module):
         self.region = region
         self.kernels = kernels
 
+    @override
     def forward(self, x: Tensor) -> Tensor:
         """x: local [B, S, H * E], inside of the region; returns the same shape."""
         weight_E = self.region.weight_inside(self)
@@ -53,6 +55,7 @@ class AllHeadsNorm(nn.Module):
         self.eps = source.variance_epsilon
         self.region = region
 
+    @override
     def forward(self, x: Tensor) -> Tensor:
         """x: local [B, S, H * E / t], inside of the region; returns the same shape."""
         ranks = group_size(self.region.groups.tensor())
@@ -107,6 +110,7 @@ class GroupedQueryAttention(nn.Module):
         q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in (q, k, v))
         return q, k, v
 
+    @override
     def forward(
         self,
         hidden_states: Tensor,

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import override
 
 from lightning_npu_tp.kernels import REFERENCE, Kernels
 from lightning_npu_tp.parallel.collectives import group_size
@@ -33,6 +34,7 @@ class ShardedLinear(nn.Module):
         self.skip_bias = skip_bias
         self.region = region
 
+    @override
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in local]; returns [..., out local]."""
         if self.region is not None:
@@ -57,6 +59,7 @@ class ShardedMLP(nn.Module):
         self.region = region
         self.partial = partial
 
+    @override
     def forward(self, x: Tensor) -> Tensor:
         """x: [B, S or slice, D]; returns the same shape, or with `partial` [B, S, D] from what entered already."""
         if not self.partial:
@@ -88,11 +91,13 @@ class RMSNorm(nn.Module):
         self.region = region
         self.kernels = kernels
 
+    @override
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., D]; returns the same shape in the dtype that weight * x has."""
         weight = local(self.weight) if self.region is None else self.region.weight(self)
         return self.kernels.rms_norm(x, weight, self.eps)
 
+    @override
     def extra_repr(self) -> str:
         """Shown by print(model)."""
         return f"{tuple(self.weight.shape)}, eps={self.eps}"

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from lightning_npu_tp.kernels import REFERENCE, Kernels
 from lightning_npu_tp.models.layers.linear import RMSNorm, ShardedLinear
@@ -65,6 +66,7 @@ class MLAttention(nn.Module):
         latent = self.q_a_layernorm(self.q_a_proj(alike))
         return self.q_b_proj(self.region.share(latent, of=(self.q_a_proj, self.q_a_layernorm, self.q_b_proj))), alike
 
+    @override
     def forward(
         self,
         hidden_states: Tensor,

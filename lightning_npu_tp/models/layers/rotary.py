@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from typing_extensions import override
 
 from lightning_npu_tp.errors import ConversionError
 
@@ -44,6 +45,7 @@ class RotaryTables(nn.Module):
         self.frequencies, self.scaling = _frequencies(source)
         self._on_device: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
+    @override
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """x: only its dtype and device count. position_ids: [B, S].
 

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import override
 
 from lightning_npu_tp.parallel.collectives import gather_last_dim, group_rank, group_size
 from lightning_npu_tp.parallel.plan import chunk_bounds
@@ -37,6 +38,7 @@ class VocabEmbedding(nn.Module):
         self.padding_idx = source.padding_idx
         self.region = region
 
+    @override
     def forward(self, ids: Tensor) -> Tensor:
         """ids: [B, S] global ids, replicated; returns [B, S or slice, D]."""
         group = self.region.groups.tensor()
@@ -65,6 +67,7 @@ class VocabHead(nn.Module):
         self.vocab_size = source.out_features
         self.region = region
 
+    @override
     def forward(self, hidden: Tensor) -> Tensor:
         """hidden: [B, S or slice, D]; returns logits [B, S, V], gathered on every rank, differentiable."""
         return self.logits(self.region.enter(hidden, of=self))
@@ -107,6 +110,7 @@ def _local_targets(labels: Tensor, start: int, size: int) -> tuple[Tensor, Tenso
 
 class _VocabCrossEntropy(torch.autograd.Function):
     @staticmethod
+    @override
     def forward(
         ctx: Any,
         hidden_TD: Tensor,
@@ -141,6 +145,7 @@ class _VocabCrossEntropy(torch.autograd.Function):
         return (lse_T - target_T).masked_fill(~counted_T, 0)
 
     @staticmethod
+    @override
     def backward(ctx: Any, grad_T: Tensor) -> tuple[Tensor | None, ...]:
         hidden_TD, weight_VD, bias_V, columns_T, here_T, counted_T, lse_T = ctx.saved_tensors
         wide = lse_T.dtype

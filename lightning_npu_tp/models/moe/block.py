@@ -5,6 +5,7 @@ on every rank alike; tokens and routing weights then enter the tensor ranks' reg
 routed and shared parts leave it in one reduction: each rank adds its experts' part (`Replicated`) or its
 share of the tokens' (`AllToAll`). With slices of the sequence the router sees this rank's slice only.
 Either way every gradient is complete: the router's through its weights' summed gradient, the tokens'
+from typing_extensions import override
 from both ways. Knows no model family.
 
 Axes: B sequences, S tokens of each, s this rank's slice of them, T = B*S, K picks per token, D hidden,
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from typing_extensions import override
 
 from lightning_npu_tp.errors import ConfigError
 from lightning_npu_tp.kernels import Kernels
@@ -121,6 +123,7 @@ class MoEBlock(nn.Module):
                 bias_E = torch.zeros(self.num_experts, device="cpu")
             self.gate.e_score_correction_bias = bias_E.to(torch.promote_types(bias_E.dtype, torch.float32))
 
+    @override
     def forward(self, hidden_BSD: Tensor, token_mask: Tensor | None = None) -> Tensor:
         """hidden_BSD: [B, S or this rank's slice, D]. Returns the same shape and dtype.
 
@@ -226,6 +229,7 @@ class MoEBlock(nn.Module):
             pending = self.pending_tokens_per_expert
             self.pending_tokens_per_expert = counts_E.clone() if pending is None else pending.add_(counts_E)
 
+    @override
     def __getstate__(self) -> dict[str, Any]:
         # What one forward left behind belongs to its step: a copy (weight averaging, checkpoints of whole
         # modules) starts without, and a tensor with a graph could not be copied.

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
+from typing_extensions import override
 
 from lightning_npu_tp.errors import ConfigError
 from lightning_npu_tp.kernels import Kernels
@@ -24,11 +25,13 @@ from lightning_npu_tp.models.layers.linear import local
 
 class _DividedGradient(torch.autograd.Function):
     @staticmethod
+    @override
     def forward(ctx: Any, weight: Tensor, divisor: int) -> Tensor:
         ctx.divisor = divisor
         return weight.view_as(weight)
 
     @staticmethod
+    @override
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         # In place: the kernel has just made it, and it is as large as the experts.
         return grad.div_(ctx.divisor), None
@@ -67,6 +70,7 @@ class RoutedExperts(nn.Module):
         nn.init.normal_(self.gate_up_proj, std=std)
         nn.init.normal_(self.down_proj, std=std)
 
+    @override
     def forward(self, x_TD: Tensor, weights_TK: Tensor, rows: PickRows) -> Tensor:
         """Sum over each token's local picks of weight * expert(token).
 
@@ -102,6 +106,7 @@ class RoutedExperts(nn.Module):
         gate_RF, up_RF = gate_up_RG.chunk(2, dim=-1)
         return self.act_fn(gate_RF) * up_RF
 
+    @override
     def extra_repr(self) -> str:
         """Shown by print(model)."""
         num_experts, hidden_size, expert_width = self.down_proj.shape

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import override
 
 from lightning_npu_tp.errors import ConfigError
 from lightning_npu_tp.models.layers.linear import local
@@ -163,6 +164,7 @@ class TopKRouter(nn.Module):
         if self.e_score_correction_bias is not None:
             nn.init.zeros_(self.e_score_correction_bias)
 
+    @override
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         # `.bfloat16()` and the like leave the bias in float32: its steps of 0.001 would be rounded away.
         before = self.e_score_correction_bias
@@ -172,6 +174,7 @@ class TopKRouter(nn.Module):
             self.e_score_correction_bias = before.to(after.device, torch.promote_types(before.dtype, torch.float32))
         return self
 
+    @override
     def forward(self, x_TD: Tensor, experts_TK: Tensor | None = None, weight: Tensor | None = None) -> Routing:
         """Route tokens.
 
@@ -215,6 +218,7 @@ class TopKRouter(nn.Module):
             picked_TK = picked_TK / (total_T1 + 1e-20 if self.normalisation == "v3" else total_T1)
         return picked_TK * self.routed_scaling_factor
 
+    @override
     def extra_repr(self) -> str:
         """Shown by print(model)."""
         num_experts, hidden_size = self.weight.shape

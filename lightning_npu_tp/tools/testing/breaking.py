@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
+from typing_extensions import override
 
 from lightning_npu_tp.convert.convert import conversion_of
 from lightning_npu_tp.parallel.collectives import group_size
@@ -54,6 +55,7 @@ class BrokenRegion(Region):
                 owner, _, leaf = name.rpartition(".")
                 self._broken[module.get_submodule(owner), leaf] = rule
 
+    @override
     def enter(self, *tensors: Tensor, of: Any = ()) -> Any:
         """The same activations; their gradients stay this rank's part."""
         if not self._leaves_out(of, _is_entered):
@@ -63,24 +65,28 @@ class BrokenRegion(Region):
             tensors = tuple(_GatherWithoutSum.apply(tensor, self._length, group) for tensor in tensors)
         return tensors if len(tensors) > 1 else tensors[0]
 
+    @override
     def leave(self, partial: Tensor, *, of: Any = ()) -> Tensor:
         """This rank's part, or its slice of that, instead of the sum."""
         if not self._leaves_out(of, _is_left):
             return super().leave(partial, of=of)
         return partial if self._length is None else slice_sequence(partial, self.groups.tensor())
 
+    @override
     def share(self, *tensors: Tensor, of: Any = ()) -> Any:
         """The same activations; their gradients stay this rank's part. With slices there is nothing to leave out."""
         if self._length is not None or not self._leaves_out(of, _is_shared):
             return super().share(*tensors, of=of)
         return tensors if len(tensors) > 1 else tensors[0]
 
+    @override
     def weight_inside(self, owner: nn.Module, name: str = "weight") -> Tensor:
         """The parameter; its gradient stays this rank's part. `weight` ends here where it communicates."""
         if (owner, name) in self._broken and self._communicates():
             return local(getattr(owner, name))
         return super().weight_inside(owner, name)
 
+    @override
     def total_inside(self, partial: Tensor, *, of: Any = ()) -> Tensor:
         """This rank's part instead of the sum."""
         return partial if self._leaves_out(of, _is_shared) else super().total_inside(partial, of=of)
@@ -123,10 +129,12 @@ def _is_shared(rule: Rule, name: str, is_own: bool) -> bool:
 
 class _GatherWithoutSum(torch.autograd.Function):
     @staticmethod
+    @override
     def forward(ctx: Any, own: Tensor, length: int, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
         return join_slices(own, length, group)
 
     @staticmethod
+    @override
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return own_slice(grad, ctx.group).clone(), None, None

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from typing_extensions import override
 
 HOST_SYNC: Literal["host sync"] = "host sync"
 DYNAMIC_SHAPE: Literal["dynamic shape"] = "dynamic shape"
@@ -68,6 +69,7 @@ class Sighting:
     operator: str
     where: str
 
+    @override
     def __str__(self) -> str:
         return f"{self.kind}: {self.operator} at {self.where}"
 
@@ -88,6 +90,7 @@ class CountOperators(TorchDispatchMode):
         self.sightings: list[Sighting] = []
         self._python_calls = _PythonCalls(self)
 
+    @override
     def __enter__(self) -> CountOperators:
         self._python_calls.__enter__()
         self._before = sys.getprofile()
@@ -95,6 +98,7 @@ class CountOperators(TorchDispatchMode):
         super().__enter__()
         return self
 
+    @override
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
@@ -102,6 +106,7 @@ class CountOperators(TorchDispatchMode):
         sys.setprofile(self._before)
         self._python_calls.__exit__(kind, error, trace)
 
+    @override
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -142,6 +147,7 @@ class _PythonCalls(TorchFunctionMode):
         self.counter = counter
         self.is_passing_on = False
 
+    @override
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from typing_extensions import override
 
 _WIDER = {
     torch.float32: torch.float64,
@@ -31,6 +32,7 @@ _WIDER_METHODS: dict[Any, Callable[..., Any]] = {
 
 
 class _WiderMode(TorchFunctionMode):
+    @override
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from typing_extensions import override
 
 from lightning_npu_tp.parallel.layout import DATA_AXIS, EXPERT_AXIS, EXPERT_REPLICA_AXIS, TENSOR_AXIS, Meshes
 
@@ -69,6 +70,7 @@ class CountTraffic(TorchDispatchMode):
         self._axes = {mesh.get_group().group_name: axis for axis, mesh in named.items()}
         self._expert_group = meshes.expert_group.group_name
 
+    @override
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
