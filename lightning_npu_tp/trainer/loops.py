@@ -216,13 +216,15 @@ class FitLoop(_FitLoop):
                 part["processed"] = part["completed"] = part["ready"] - 1
         return found
 
+    # mypy does not see the decorator of a property that has a setter.
+    @property  # type: ignore[explicit-override]
     @override
-    @property
     def restarting(self) -> bool:
         """Whether an epoch was begun before this process."""
         return self._restarting
 
     @restarting.setter
+    @override
     def restarting(self, restarting: bool) -> None:
         _FitLoop.restarting.fset(self, restarting)  # type: ignore[attr-defined]
         # With max_steps Lightning would end an epoch that has ended once more, and count it twice.

@@ -193,13 +193,15 @@ class NPUTensorParallelStrategy(CheckpointHooks):
         assert self.parallel_devices is not None
         return self.parallel_devices[self.local_rank]
 
+    # mypy does not see the decorator of a property that has a setter.
+    @property  # type: ignore[explicit-override]
     @override
-    @property
     def precision_plugin(self) -> Precision:
         """The precision plugin, made for this run's device type."""
         return super().precision_plugin
 
     @precision_plugin.setter
+    @override
     def precision_plugin(self, plugin: Precision | None) -> None:
         # The connector builds mixed precision for "cuda" whatever an outside accelerator is; its
         # autocast would then do nothing. The devices are not known yet when __init__ comes here.
