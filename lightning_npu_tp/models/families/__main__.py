@@ -1,5 +1,5 @@
-"""Print the README's table of supported families."""
+"""Print the table of supported families for docs/own-models.md."""
 
-from lightning_npu_tp.models.families.registry import readme_table
+from lightning_npu_tp.models.families.registry import families_table
 
-print(readme_table())
+print(families_table())

@@ -64,7 +64,7 @@ class ModelFamily:
     check:       config -> None; raises ConversionError for a variant that is not supported.
     keys:        config -> names of the parameters in the files that are published of it, where they differ.
     layers:      path of the list of decoder layers; data parallelism gathers one at a time.
-    models:      what is published of it, for the README's table.
+    models:      what is published of it, for the table in docs/own-models.md.
     refused:     what `check` and the sizes refuse, for the same.
     """
 

@@ -1,4 +1,4 @@
-"""The supported model families: an explicit tuple, errors that list it, and the README's table of it."""
+"""The supported model families: an explicit tuple, errors that list it, and the table of it for docs/own-models.md."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def find_models(root: nn.Module, families: Sequence[ModelFamily]) -> Iterator[tu
                 break
 
 
-def readme_table() -> str:
+def families_table() -> str:
     """The supported families as a Markdown table; `python -m lightning_npu_tp.models.families` prints it."""
     rows = [("`model.architecture`", "transformers class", "models", "refused"), ("---",) * 4]
     rows += [(f"`{f.name}`", f"`{f.model_class}`", f.models, f.refused) for f in FAMILIES]

@@ -1,6 +1,6 @@
 """What each family's record says, on one process. Catches a class that is swapped too seldom, a variant with other
 numbers that is accepted, a layout refused without the sizes that work, generation that attends wrongly with a
-cache, and a README that lists other families than the registry."""
+cache, and a page that lists other families than the registry."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from transformers import AutoModelForCausalLM
 from lightning_npu_tp import kernels
 from lightning_npu_tp.convert.convert import check_sizes, conversion_of, convert, materialize_rest
 from lightning_npu_tp.errors import ConfigError, ConversionError
-from lightning_npu_tp.models.families.registry import FAMILIES, family_named, readme_table, supported
+from lightning_npu_tp.models.families.registry import FAMILIES, families_table, family_named, supported
 from lightning_npu_tp.parallel.layout import Groups, Layout, Meshes
 from lightning_npu_tp.parallel.plan import match_plan
 from lightning_npu_tp.tools.testing.models import random_batch, tiny_config
 
 NAMES = [family.name for family in FAMILIES]
-README = Path(__file__).parents[3] / "README.md"
+PAGE = Path(__file__).parents[3] / "docs" / "own-models.md"
 
 
 @pytest.fixture
@@ -170,9 +170,9 @@ def test_balance_losses_are_off_unless_the_config_asks_for_them(alone: dict) -> 
     assert model(**batch).aux_loss > 0
 
 
-def test_the_readme_holds_the_registrys_table() -> None:
-    assert readme_table() in README.read_text()
-    assert len(readme_table().splitlines()) == len(FAMILIES) + 2
+def test_the_page_holds_the_registrys_table() -> None:
+    assert families_table() in PAGE.read_text()
+    assert len(families_table().splitlines()) == len(FAMILIES) + 2
     assert supported() == NAMES == list(COUNTS)
     printed = subprocess.run(
         [sys.executable, "-m", "lightning_npu_tp.models.families"],
@@ -181,4 +181,4 @@ def test_the_readme_holds_the_registrys_table() -> None:
         check=True,
         timeout=60,
     )
-    assert printed.stdout.strip() == readme_table()
+    assert printed.stdout.strip() == families_table()
