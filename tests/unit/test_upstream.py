@@ -8,7 +8,11 @@ from __future__ import annotations
 
 import ast
 import importlib.metadata
+import inspect
+import textwrap
 import tomllib
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +20,7 @@ from lightning.pytorch import Trainer
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
-from transformers import LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 from transformers.masking_utils import create_causal_mask
 from upstream_names import NOT_PRIVATE, NPU, PRIVATE, READ_WITH_DEFAULT, Names
 from upstream_walk import (
@@ -33,7 +37,10 @@ from upstream_walk import (
 )
 
 from lightning_npu_tp.launch.same_settings import _TRAINER_SETTINGS
-from lightning_npu_tp.models.layers.causal_lm import ATTENTION_NAME
+from lightning_npu_tp.models.families.registry import FAMILIES
+from lightning_npu_tp.models.layers.causal_lm import ATTENTION_NAME, ShardedCausalLM, ShardedDecoder
+from lightning_npu_tp.models.layers.gqa import GroupedQueryAttention
+from lightning_npu_tp.models.layers.mla import MLAttention
 
 
 def title(entry: Names) -> str:
@@ -146,6 +153,47 @@ def test_transformers_builds_no_mask_for_our_attention() -> None:
     config._attn_implementation = ATTENTION_NAME
     assert create_causal_mask(config, attention_mask=None, **arguments) is None
     assert create_causal_mask(config, attention_mask=ours, **arguments) is ours
+
+
+def arguments(forward: Callable[..., Any]) -> set[str]:
+    """Named arguments of a forward, without self."""
+    parameters = inspect.signature(forward).parameters.values()
+    return {each.name for each in parameters if each.kind == each.POSITIONAL_OR_KEYWORD} - {"self"}
+
+
+def class_of(family: str, part: str) -> type:
+    """transformers' class of a family, `part` instead of ForCausalLM in its name."""
+    with torch.device("meta"):
+        model = type(AutoModelForCausalLM.from_config(AutoConfig.for_model(family, num_hidden_layers=1)))
+    return resolve(f"{model.__module__}.{model.__name__.replace('ForCausalLM', part)}")
+
+
+@pytest.mark.parametrize("family", [family.name for family in FAMILIES])
+def test_transformers_calls_our_attention_with_what_it_knows(family: str) -> None:
+    """Ours takes any keyword and leaves it: a mask or a cache under a new name would be ignored."""
+    layer = class_of(family, "DecoderLayer")
+    tree = ast.parse(textwrap.dedent(inspect.getsource(layer.forward)))
+    calls = [
+        node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "self.self_attn"
+    ]
+    assert len(calls) == 1 and not calls[0].args
+    passed = {keyword.arg for keyword in calls[0].keywords if keyword.arg}
+    # Positions come as rotary tables; there is a cache where one is passed.
+    left = {"position_ids", "use_cache"}
+    for ours in (MLAttention, GroupedQueryAttention):
+        taken = arguments(ours.forward)
+        assert taken <= passed, f"{ours.__name__} waits for {taken - passed}, which {layer.__name__} does not pass"
+        assert passed <= taken | left, f"{ours.__name__} ignores {passed - taken - left}, which {layer.__name__} passes"
+
+
+@pytest.mark.parametrize("family", [family.name for family in FAMILIES])
+def test_our_forwards_take_what_transformers_takes(family: str) -> None:
+    """Both pass other keywords on, down to layers that leave them: what was renamed would get lost."""
+    assert arguments(ShardedDecoder.forward) == arguments(class_of(family, "Model").forward)
+    own = {"gather_logits", "shift_labels", "num_items_in_batch"}
+    # It asks for the router's logits, which conversion refuses in the config.
+    refused = {"output_router_logits"}
+    assert arguments(ShardedCausalLM.forward) - own == arguments(class_of(family, "ForCausalLM").forward) - refused
 
 
 def test_the_trainer_keeps_the_settings_that_ranks_compare() -> None:
