@@ -1,7 +1,6 @@
 """Every private name of another library that the packages use: why, and what its loss would do.
 
-Public names that are read so that nothing fails when they are gone stand here too. test_upstream.py holds the lists
-against the source and against what is installed; tests/sim does the latter for torch_npu.
+test_upstream.py holds the list against our source and what is installed; for torch_npu tests/sim does the latter.
 """
 
 from __future__ import annotations
@@ -23,14 +22,14 @@ class Names:
     loss: str
 
 
-_LOOPS = "lightning.pytorch.loops"
-_EPOCH_LOOP = f"{_LOOPS}.training_epoch_loop._TrainingEpochLoop"
+LOOPS = "lightning.pytorch.loops"
+_EPOCH_LOOP = f"{LOOPS}.training_epoch_loop._TrainingEpochLoop"
 _STRATEGY = "lightning.pytorch.strategies.parallel.ParallelStrategy"
 _CONNECTOR = "lightning.pytorch.trainer.connectors.logger_connector.logger_connector._LoggerConnector"
 _SAVER = "lightning.pytorch.callbacks.ModelCheckpoint"
 _TENSORBOARD = "lightning.pytorch.loggers.tensorboard.TensorBoardLogger"
 _C10D = "torch.distributed.distributed_c10d"
-_FSDP = "torch.distributed.fsdp._fully_shard"
+FSDP = "torch.distributed.fsdp._fully_shard"
 _HCCL = "torch_npu._C._distributed_c10d.ProcessGroupHCCL"
 
 TORCH = (
@@ -148,7 +147,7 @@ DISTRIBUTED = (
         "AttributeError at conversion.",
     ),
     Names(
-        f"{_FSDP}._fsdp_state.FSDPState",
+        f"{FSDP}._fsdp_state.FSDPState",
         "_fsdp_param_groups _fsdp_param_group",
         "The groups themselves: a list since torch 2.13, one before.",
         "AttributeError at conversion.",
@@ -230,27 +229,27 @@ DISTRIBUTED = (
 )
 LIGHTNING = (
     Names(
-        f"{_LOOPS}.training_epoch_loop",
+        f"{LOOPS}.training_epoch_loop",
         "_TrainingEpochLoop",
         "Derived from: Lightning forgets what is left of the batch at which a checkpoint was taken.",
         "ImportError.",
     ),
-    Names(f"{_LOOPS}.fit_loop", "_FitLoop", "Derived from, for the end of the epoch of a checkpoint.", "ImportError."),
-    Names(f"{_LOOPS}.loop", "_Loop", "Its setter of `restarting`, past that of _FitLoop.", "ImportError."),
+    Names(f"{LOOPS}.fit_loop", "_FitLoop", "Derived from, for the end of the epoch of a checkpoint.", "ImportError."),
+    Names(f"{LOOPS}.loop", "_Loop", "Its setter of `restarting`, past that of _FitLoop.", "ImportError."),
     Names(
-        f"{_LOOPS}.fit_loop._FitLoop",
+        f"{LOOPS}.fit_loop._FitLoop",
         "_restarting",
         "_FitLoop's own setter makes it True again where a run is limited by steps.",
         "Silent: a resumed epoch's end would be taken for that of a cut one, and counted twice.",
     ),
     Names(
-        f"{_LOOPS}.fit_loop._FitLoop",
+        f"{LOOPS}.fit_loop._FitLoop",
         "_data_fetcher",
         "Whether a validation follows the batch at which a checkpoint is taken.",
         "AttributeError when a checkpoint is saved.",
     ),
     Names(
-        f"{_LOOPS}.fit_loop._FitLoop",
+        f"{LOOPS}.fit_loop._FitLoop",
         "_load_combined_loader_states",
         "Loader states that Lightning has put by, and forgets where the loaders exist early.",
         "AttributeError at the first epoch.",
@@ -286,7 +285,7 @@ LIGHTNING = (
         "AttributeError in teardown, which hides why the run failed.",
     ),
     Names(
-        f"{_LOOPS}.training_epoch_loop._TrainingEpochLoop",
+        f"{LOOPS}.training_epoch_loop._TrainingEpochLoop",
         "_results",
         "What the loop has logged: taken off a card that failed, before Lightning asks it.",
         "Silent: teardown asks a card that does not answer and the error of the run is replaced by that.",
@@ -431,103 +430,6 @@ NPU = (
         "hccl_config",
         "The size of a group's buffers.",
         "Silent if it could still be set: every group takes the buffers of HCCL_BUFFSIZE.",
-    ),
-)
-
-_DEEPSEEK_V3 = "transformers.models.deepseek_v3.modeling_deepseek_v3"
-# Public, but read with a default, compared with, or looked for: the reader would not notice.
-READ_WITH_DEFAULT = (
-    *(
-        Names(
-            f"transformers.{family}Config",
-            "initializer_range",
-            "The width of initial weights.",
-            "Silent: 0.02 for every model.",
-        )
-        for family in (
-            "DeepseekV2",
-            "DeepseekV3",
-            "Llama",
-            "Mixtral",
-            "Olmoe",
-            "Qwen2",
-            "Qwen2Moe",
-            "Qwen3",
-            "Qwen3Moe",
-        )
-    ),
-    *(
-        Names(
-            f"transformers.{family}Config",
-            "sliding_window",
-            "Sliding windows are refused.",
-            "Silent: trained with full attention.",
-        )
-        for family in ("Mixtral", "Qwen2", "Qwen2Moe", "Qwen3", "Qwen3Moe")
-    ),
-    *(
-        Names(
-            f"transformers.{family}Config",
-            "output_router_logits",
-            "Asks for transformers' balance loss, which is refused.",
-            "Silent: trained without the balance loss that was asked for.",
-        )
-        for family in ("Mixtral", "Olmoe", "Qwen2Moe", "Qwen3Moe")
-    ),
-    Names(
-        "transformers.DeepseekV3Config",
-        "rope_interleave",
-        "How rotary pairs lie in memory.",
-        "Silent: a model whose config says False is rotated in interleaved pairs.",
-    ),
-    Names(
-        f"{_DEEPSEEK_V3}.DeepseekV3TopkRouter",
-        "e_score_correction_bias",
-        "The bias by which a router balances without a loss.",
-        "Silent: a router without bias, another model.",
-    ),
-    Names(
-        "transformers.modeling_layers.GradientCheckpointingLayer",
-        "gradient_checkpointing",
-        "The switch of recompute=block.",
-        "ConfigError with recompute=block; silent if only some layers still have it.",
-    ),
-    Names(
-        "lightning.pytorch.plugins.precision.amp.MixedPrecision",
-        "scaler",
-        "Whether an overflow is the scaler's business.",
-        "Silent: the guard of non-finite gradients ends runs in which 16-mixed only looks for its scale.",
-    ),
-    Names(
-        "lightning.pytorch.trainer.trainer.Trainer._run_stage",
-        "run-stage",
-        "The barrier after which Lightning's signal handlers are taken over.",
-        "Silent: SIGTERM to one rank leaves the others waiting, and no checkpoint is saved.",
-    ),
-    Names(
-        f"{_LOOPS}.fit_loop._FitLoop.on_save_checkpoint",
-        "combined_loader",
-        "The key under which Lightning saves the positions of data loaders.",
-        "Silent: every rank goes on at rank 0's position in the data.",
-    ),
-    Names(
-        f"{_FSDP}._fsdp_common.FSDPMeshInfo.__post_init__",
-        "shard_process_group",
-        "FSDP keeps groups that are about to be destroyed.",
-        "Silent: their threads and connections stay until the process ends.",
-    ),
-    Names(f"{_FSDP}._fsdp_common.DDPMeshInfo.__post_init__", "replicate_process_group", "Likewise.", "Likewise."),
-    Names(
-        "torch.distributed.fsdp.FSDPModule",
-        "reset_iter_state",
-        "After a failed forward pass parameters are slices again. Not before torch 2.13.",
-        "Silent: after an out-of-memory error the module goes back to the host with whole parameters as its slices.",
-    ),
-    Names(
-        "torch.distributed.ProcessGroupGloo",
-        "options",
-        "The time-out that the warm-up lengthens and restores.",
-        "Silent: the warm-up's time-out is the run's.",
     ),
 )
 
