@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch.distributed.checkpoint.stateful import Stateful
 
 # Where Lightning keeps the loaders' positions in its own state.
 _LOADERS = "combined_loader"
@@ -26,7 +28,7 @@ def collect_rank_state(trainer: Trainer) -> dict[str, Any]:
     generator = np.random.get_state(legacy=False)
     assert isinstance(generator, dict)
     device = trainer.strategy.root_device
-    loaders = trainer.fit_loop._combined_loader
+    loaders = CombinedLoader(trainer.train_dataloader).flattened
     return {
         "random": {
             "python": random.getstate(),
@@ -34,7 +36,7 @@ def collect_rank_state(trainer: Trainer) -> dict[str, Any]:
             "torch": torch.get_rng_state(),
             "device": None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device),
         },
-        "loaders": [] if loaders is None else loaders._state_dicts(),
+        "loaders": [loader.state_dict() for loader in loaders if isinstance(loader, Stateful)],
     }
 
 

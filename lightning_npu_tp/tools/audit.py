@@ -176,14 +176,14 @@ class Recorder(CountOperators):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        name, overload = func._schema.name, func._overloadname
+        name, _, overload = func.name().partition(".")
         self.counts[name] += 1
         if torch.is_grad_enabled() or torch._C._current_autograd_node() is None:
             self._note_origin()
         inputs = list(tensors_in((*args, *kwargs.values())))
         whole = any(type(tensor) not in (Tensor, nn.Parameter) for tensor in inputs)
         found = [] if self.is_one_kernel else list(self._limits(func, name, overload, args, kwargs))
-        if found or whole or self.is_one_kernel or not self._is_composite(func, name, overload):
+        if found or whole or self.is_one_kernel or not self._is_composite(func, name):
             result = func(*args, **kwargs)
         else:
             # torch builds it from others, which go to the card one by one: watch those.
@@ -194,8 +194,7 @@ class Recorder(CountOperators):
             found += limits_of_result(name, inputs, results, is_view=func.is_view)
         if found:
             place = self._place()
-            full = f"{name}.{overload}" if overload not in ("", "default") else name
-            self._seen += [_Sighting(limit, full, place) for limit in found]
+            self._seen += [_Sighting(limit, func.name(), place) for limit in found]
         if inputs and all(self.is_on_host(tensor) for tensor in inputs):
             for tensor in results:
                 self.put_on_host(tensor)
@@ -221,17 +220,16 @@ class Recorder(CountOperators):
             yield stall(SYNC, name)
         yield from limits_of(name, args, kwargs)
         if name.partition("::")[0] not in NOT_KERNELS:
-            full = CPU_ONLY.get(name) or (f"{name}.{overload}" if overload not in ("", "default") else name)
+            full = CPU_ONLY.get(name) or func.name()
             how = self._table.of(full)
             if how in ("fallback", "neither"):
                 yield fallback(full, how)
 
-    def _is_composite(self, func: Any, name: str, overload: str) -> bool:
-        full = f"{name}.{overload}" if overload not in ("", "default") else name
+    def _is_composite(self, func: Any, name: str) -> bool:
         # Some composites call themselves, for a device that they know.
         if name in self._within or name.partition("::")[0] in NOT_KERNELS:
             return False
-        return self._table.of(full) == "explicit" and func.has_kernel_for_dispatch_key(
+        return self._table.of(func.name()) == "explicit" and func.has_kernel_for_dispatch_key(
             torch._C.DispatchKey.CompositeExplicitAutograd
         )
 

@@ -80,9 +80,7 @@ def audit(
         if not request.unconverted:
             resolve_dispatch(request.layout, request.options.dispatch)
             check_layout(request.config, request.layout, own)
-        small = shrink(request.config, request.layout)
-        small._experts_implementation = None
-        request = Request(**{**vars(request), "config": small})
+        request = Request(**{**vars(request), "config": shrink(request.config, request.layout)})
         ranks = run(audit_model, request.layout.world, request, timeout=timeout)
     else:
         load_factory(request.module)
@@ -127,7 +125,7 @@ def audit_model(rank: int, world_size: int, request: Request) -> list[Finding]:
 
 def _audit_model(rank: int, request: Request) -> list[Finding]:
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(request.config, dtype=DTYPES[request.dtype])
+    model = AutoModelForCausalLM.from_config(request.config, dtype=DTYPES[request.dtype], experts_implementation=None)
     experts: Sequence[str] = ()
     if request.unconverted:
         experts = [name for name in _EXPERTS if _takes(model, name)]

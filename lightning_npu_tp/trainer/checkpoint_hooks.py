@@ -135,7 +135,7 @@ class CheckpointHooks(ParallelStrategy):
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """State by parameter name, shards, or everything on rank 0."""
         if isinstance(optimizer, LightningOptimizer):
-            optimizer = optimizer._optimizer
+            optimizer = optimizer.optimizer
         with self.process_group():
             return training_state.optimizer_state(self._module, optimizer, full=not self._checkpoints.sharded)
 
@@ -310,7 +310,7 @@ class CheckpointHooks(ParallelStrategy):
             chosen = self._chosen(word, Path(checkpoint_path), peers)
             if chosen is None:
                 # What Lightning would say that it restored.
-                self._module.trainer._checkpoint_connector._ckpt_path = None
+                self._module.trainer.ckpt_path = None
                 return resume.Nothing({"pytorch-lightning_version": lightning.__version__})
             checkpoint_path = chosen
         path, manifest = reader.open_checkpoint(

@@ -153,7 +153,7 @@ def _rebuild_scaler(scaler: torch.amp.GradScaler, device_type: str) -> AgreedGra
     settings: dict[str, Any] = {}
     if scaler.is_enabled():
         settings = {
-            "init_scale": scaler._init_scale,
+            "init_scale": scaler.get_scale(),
             "growth_factor": scaler.get_growth_factor(),
             "backoff_factor": scaler.get_backoff_factor(),
             "growth_interval": scaler.get_growth_interval(),

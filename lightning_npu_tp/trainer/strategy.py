@@ -205,7 +205,7 @@ class NPUTensorParallelStrategy(CheckpointHooks):
     def precision_plugin(self, plugin: Precision | None) -> None:
         # The connector builds mixed precision for "cuda" whatever an outside accelerator is; its
         # autocast would then do nothing. The devices are not known yet when __init__ comes here.
-        devices = getattr(self, "_parallel_devices", None)
+        devices = getattr(self, "parallel_devices", None)
         if plugin is not None and devices:
             plugin = rebuild_precision(plugin, devices[0].type)
         self._precision_plugin = plugin
@@ -382,7 +382,7 @@ class NPUTensorParallelStrategy(CheckpointHooks):
         if trainer.state.fn == TrainerFn.FITTING:
             for callback in module_setup.averaging_callbacks(trainer):
                 callback.setup(trainer, module, "fit")
-            self._reset_optimizers_and_schedulers()
+            self.optimizers, self.lr_scheduler_configs = [], []
             self.setup_optimizers(trainer)
             plain = module_setup.plain_parameters(module)
             module_setup.choose_implementations(self.optimizers, plain, self.root_device.type)

@@ -153,5 +153,4 @@ def load_late_states(trainer: Trainer) -> None:
     It does where the loaders exist before the loops' state is restored, which `trainer.estimated_stepping_batches`
     in `configure_optimizers` brings about.
     """
-    if trainer.fit_loop._combined_loader_states_to_load:
-        trainer.fit_loop._load_combined_loader_states()
+    trainer.fit_loop._load_combined_loader_states()

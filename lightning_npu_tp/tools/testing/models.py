@@ -177,12 +177,11 @@ def reference_model(config: PretrainedConfig, seed: int = 0, *, attention: str =
     Norm weights are random around 1 and biases around 0, so that a forgotten or swapped one shows; those of
     a router's choice are the same for every seed. Run it inside `float64_reference()`.
     """
-    config = deepcopy(config)
-    config._attn_implementation = attention
-    config._experts_implementation = "eager"
     with float64_reference(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(
+            deepcopy(config), attn_implementation=attention, experts_implementation="eager"
+        )
         for name, parameter in model.named_parameters():
             if name.endswith("norm.weight"):
                 torch.nn.init.normal_(parameter, mean=1.0, std=0.2)

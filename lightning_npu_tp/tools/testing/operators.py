@@ -111,9 +111,9 @@ class CountOperators(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        name = func._schema.name
+        name, _, overload = func.name().partition(".")
         self.counts[name] += 1
-        kind = stall_kind(name, func._overloadname, args, kwargs)
+        kind = stall_kind(name, overload, args, kwargs)
         if kind is not None and (self.device_type is None or any(map(self._is_there, tree_leaves((args, kwargs))))):
             self.record(kind, name)
         return func(*args, **kwargs)

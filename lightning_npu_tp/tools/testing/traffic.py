@@ -74,7 +74,7 @@ class CountTraffic(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        name = func._schema.name
+        name = func.name().partition(".")[0]
         if name.startswith(("c10d::", "_c10d_functional::")) and name not in _SILENT:
             self._count(name, func, args, kwargs or {})
         return func(*args, **(kwargs or {}))
@@ -114,4 +114,4 @@ def _group_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dist.
             return dist.distributed_c10d._resolve_process_group(value)
         if argument.name == "process_group":
             return value if isinstance(value, dist.ProcessGroup) else dist.ProcessGroup.unbox(value)
-    raise NotImplementedError(f"{func._schema.name} names no process group.")
+    raise NotImplementedError(f"{func.name()} names no process group.")
