@@ -72,8 +72,8 @@ def measure(rank: int, world_size: int, folder: str, megabytes: int, rounds: int
 
     def prepared(peers: Peers, copy: bool) -> Callable[[], None]:
         state = {
-            "state_dict": training_state.model_state(model, full=False),
-            "optimizer_states": [training_state.optimizer_state(model, optimizer, full=False)],
+            "state_dict": training_state.model_state(model),
+            "optimizer_states": [training_state.optimizer_state(model, optimizer)],
         }
         if copy:
             state = training_state.detached(state, model, [optimizer])

@@ -102,6 +102,12 @@ def crc32_of(path: Path, length: int | None = None) -> int:
     return value
 
 
+def fsync_file(path: Path) -> None:
+    """Have a file that another library wrote survive a power cut."""
+    with open(path, "rb") as stream:
+        os.fsync(stream.fileno())
+
+
 def fsync_folder(path: Path) -> None:
     """Have names in a folder survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
@@ -156,11 +162,10 @@ def replace_whole(new: Path, path: Path) -> None:
     Between the two renames the old one is at `in_place(path)`.
     """
     aside = None
-    if os.path.lexists(path) and (path.is_dir() or new.is_dir()):
+    if os.path.lexists(path):
         aside = beside(path, PREVIOUS)
         os.rename(path, aside)
     try:
-        # Over a file this replaces in one step.
         os.rename(new, path)
     except OSError:
         if aside is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import zipfile
 import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, fields
@@ -16,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from lightning_npu_tp.checkpoint.files import PREVIOUS, crc32_of, in_place, left_beside
-from lightning_npu_tp.checkpoint.single_file import check_file
 from lightning_npu_tp.errors import CheckpointError
 
 FORMAT = 1
@@ -135,15 +135,10 @@ def is_before_manifests(path: Path) -> bool:
     return [file.is_file() for file in files] == [False, False, True, True]
 
 
-def is_complete(path: Path) -> bool:
-    """Whether a checkpoint, folder or file, is complete; sizes are looked at, checksums are not."""
-    return not incomplete(path)
-
-
 def incomplete(path: Path) -> str:
-    """Why a checkpoint is not complete, or an empty text."""
+    """Why a checkpoint, folder or file, is not complete, or an empty text; looks at sizes, not at checksums."""
     if path.is_file():
-        return "; ".join(check_file(path, checksum=False))
+        return "; ".join(_check_file(path, checksums=False))
     if is_before_manifests(path):
         return ""
     try:
@@ -156,11 +151,11 @@ def incomplete(path: Path) -> str:
 def verify(path: Path, files: Iterable[str] | None = None) -> list[str]:
     """What is wrong with a checkpoint, each problem naming the file; nothing if every checksum is right.
 
-    path:  a folder or a one-file checkpoint.
+    path:  a folder, or a file that plain Lightning or its consolidation script wrote.
     files: the names to look at; all of the manifest by default. The manifest itself is always checked.
     """
     if path.is_file():
-        return check_file(path, checksum=True)
+        return _check_file(path, checksums=True)
     try:
         manifest = parse_manifest(path)
     except CheckpointError as error:
@@ -178,6 +173,16 @@ def verify(path: Path, files: Iterable[str] | None = None) -> list[str]:
         elif checksum != entry["crc32"]:
             problems.append(f"{path / name} has changed: checksum {checksum:08x} instead of {entry['crc32']:08x}")
     return problems
+
+
+def _check_file(path: Path, *, checksums: bool) -> list[str]:
+    """What is wrong with a file that torch.save wrote; its archive has a checksum for each entry, but its headers."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            bad = archive.testzip() if checksums else None
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError) as error:
+        return [f"{path} is no whole checkpoint file ({error})"]
+    return [f"{path} has changed: {bad} does not have its checksum"] if bad else []
 
 
 def checkpoints_in(folder: Path) -> list[Path]:

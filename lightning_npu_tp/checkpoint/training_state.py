@@ -1,8 +1,8 @@
 """A trainer's state as a checkpoint holds it: tensors by name in shards, one file for the rest, one for each rank.
 
-Sharded: a folder in Lightning's layout, so that Lightning's consolidation script reads it. Full: one file that rank 0
-writes with everything gathered. Both load into any layout, since DCP and the full tensors are cut anew by whoever
-loads. How files get to disk whole is writer.py's, how they are read safely reader.py's.
+It is a folder in Lightning's layout, so that Lightning's consolidation script makes one file of it. That file, and one
+of plain Lightning, is read too. Both load into any layout, since whoever loads cuts the tensors anew. How files get to
+disk whole is writer.py's, how they are read safely reader.py's.
 """
 
 from __future__ import annotations
@@ -51,15 +51,14 @@ def plain(value: Any) -> Any:
     return value
 
 
-def model_state(model: nn.Module, *, full: bool) -> dict[str, Any]:
-    """Parameters and buffers by name: shards, or whole tensors on rank 0 (elsewhere nothing)."""
-    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=full, cpu_offload=True))
+def model_state(model: nn.Module) -> dict[str, Any]:
+    """This rank's shards of parameters and buffers, by name, on the CPU."""
+    return get_model_state_dict(model, options=StateDictOptions(cpu_offload=True))
 
 
-def optimizer_state(model: nn.Module, optimizer: Optimizer, *, full: bool) -> dict[str, Any]:
-    """Optimizer state keyed by parameter name, shards or whole."""
-    options = StateDictOptions(full_state_dict=full, cpu_offload=True)
-    return get_optimizer_state_dict(model, optimizer, options=options)
+def optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+    """This rank's shards of an optimizer's state, by parameter name, on the CPU."""
+    return get_optimizer_state_dict(model, optimizer, options=StateDictOptions(cpu_offload=True))
 
 
 def split(checkpoint: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -109,7 +108,7 @@ def load(
     peers: Peers | None = None,
     checksums: bool = True,
 ) -> dict[str, Any]:
-    """Load either kind into the model and the optimizers, in place; every rank calls it.
+    """Load a folder or a file into the model and the optimizers, in place; every rank calls it.
 
     Returns the remaining state. Raises CheckpointError for a path that is neither, for a damaged or incomplete
     checkpoint, for parameters that are missing or of another shape, and for content that could run code.
@@ -132,12 +131,12 @@ def load_tensors(
 ) -> None:
     """Load the weights, and the states of `optimizers`, from an opened checkpoint.
 
-    state: what the checkpoint's one file, or meta.pt, holds; tensors are taken out of it.
+    state: what the file, or the folder's meta.pt, holds; the weights are taken out of it.
     """
     if path.is_file():
-        _load_full(path, state, model, optimizers, strict=strict)
+        _load_file(path, state, model, optimizers, strict=strict)
     else:
-        _load_sharded(path, model, optimizers, strict=strict, peers=peers)
+        _load_folder(path, model, optimizers, strict=strict, peers=peers)
 
 
 def without_progress(state: dict[str, Any], datamodule: object | None) -> dict[str, Any]:
@@ -147,7 +146,7 @@ def without_progress(state: dict[str, Any], datamodule: object | None) -> dict[s
     return {name: value for name, value in state.items() if name not in dropped} | {"lr_schedulers": []}
 
 
-def _load_sharded(path: Path, model: nn.Module, optimizers: Sequence[Optimizer], *, strict: bool, peers: Peers) -> None:
+def _load_folder(path: Path, model: nn.Module, optimizers: Sequence[Optimizer], *, strict: bool, peers: Peers) -> None:
     metadata = reader.read_index(path)
     state = get_model_state_dict(model)
     stored = metadata.state_dict_metadata
@@ -170,7 +169,7 @@ _WEIGHTS_ONLY = (
 )
 
 
-def _load_full(
+def _load_file(
     path: Path, checkpoint: dict[str, Any], model: nn.Module, optimizers: Sequence[Optimizer], *, strict: bool
 ) -> None:
     if "state_dict" not in checkpoint:

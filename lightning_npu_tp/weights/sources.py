@@ -47,13 +47,8 @@ class TensorSource(Protocol):
         ...
 
 
-def whole_bounds(shape: tuple[int, ...]) -> Bounds:
-    """Bounds of all of a tensor."""
-    return tuple((0, size) for size in shape)
-
-
 class FileSource:
-    """A checkpoint in one file; its tensors are mapped and not loaded."""
+    """A checkpoint file of plain Lightning; its tensors are mapped and not loaded."""
 
     def __init__(self, path: Path) -> None:
         try:

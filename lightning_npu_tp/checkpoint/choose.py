@@ -75,7 +75,7 @@ def folders_of(trainer: Trainer) -> list[Path]:
 
 
 def checkpoint_folders(trainer: Trainer) -> list[Path]:
-    """The same. Raises CheckpointError if there is none."""
+    """The folders into which the trainer's ModelCheckpoint callbacks save. Raises CheckpointError if there is none."""
     folders = folders_of(trainer)
     if not folders:
         raise CheckpointError(
