@@ -6,8 +6,6 @@ makes a checkpoint complete. Readable without torch and before anything else of 
 
 from __future__ import annotations
 
-import json
-import re
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable
@@ -16,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from lightning_npu_tp.checkpoint.files import PREVIOUS, crc32_of, in_place, left_beside
+from lightning_npu_tp.checkpoint.files import PREVIOUS, crc32_of, in_place, left_beside, sealed_json, unsealed_json
 from lightning_npu_tp.errors import CheckpointError
 
 FORMAT = 1
@@ -24,9 +22,6 @@ MANIFEST_FILE = "manifest.json"
 # What the state besides tensors is in; Lightning's consolidation script looks for the name.
 REST_FILE = "meta.pt"
 DCP_FILE = ".metadata"
-_BLANK = "0" * 8
-# The checksum is over the file's own bytes with zeros in its place; it stands at the very end.
-_CHECKSUM = re.compile(rb'"checksum": "([0-9a-f]{8})"\n}\n\Z')
 
 
 @dataclass
@@ -59,9 +54,7 @@ class Manifest:
 
     def as_bytes(self) -> bytes:
         """The file's content, its own checksum at the end."""
-        values = {"format": self.format} | asdict(self)
-        text = json.dumps(values | {"checksum": _BLANK}, indent=2, default=str) + "\n"
-        return text.replace(f'"{_BLANK}"\n}}\n', f'"{zlib.crc32(text.encode()):08x}"\n}}\n').encode()
+        return sealed_json({"format": self.format} | asdict(self))
 
     @classmethod
     def from_values(cls, values: dict[str, Any]) -> Manifest:
@@ -97,10 +90,9 @@ def parse_manifest(path: Path) -> Manifest:
         ) from None
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error.strerror}.") from error
-    found = _CHECKSUM.search(raw)
-    if found is None or zlib.crc32(raw[: found.start(1)] + _BLANK.encode() + raw[found.end(1) :]) != int(found[1], 16):
+    values = unsealed_json(raw)
+    if values is None:
         raise CheckpointError(f"{file} is damaged: its checksum is not that of its content. {WHAT_TO_DO}")
-    values = json.loads(raw)
     if values["format"] > FORMAT:
         raise CheckpointError(
             f"The checkpoint {path} has format {values['format']}, and this version of lightning_npu_tp reads up to "

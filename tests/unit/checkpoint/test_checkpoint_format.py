@@ -273,6 +273,34 @@ def test_one_process_at_a_time_and_the_other_is_named(tmp_path: Path) -> None:
     assert names(tmp_path) == ["a.ckpt", "b.ckpt"]
 
 
+def test_who_finds_a_lock_stale_does_not_remove_its_successor(tmp_path: Path, monkeypatch: Any) -> None:
+    """Of several ranks that wait for a process that is killed, one takes its lock over; the others saw the old one."""
+    file = lock_file(tmp_path / "a.ckpt")
+    stale, fresh = (json.dumps(vars(Holder("another-host", pid, 0.0, "building"))) for pid in (1, 2))
+    file.write_text(stale)
+
+    def overtaken(path: Path) -> Holder | None:
+        monkeypatch.undo()
+        file.unlink()
+        (tmp_path / "keeps the inode from being used again").touch()
+        file.write_text(fresh)
+        return None
+
+    monkeypatch.setattr(locks, "holder_of", overtaken)
+    with pytest.raises(CheckpointError, match="process 2 of another-host is building it"):
+        save(tmp_path / "a.ckpt")
+    assert file.read_text() == fresh
+
+
+def test_who_waits_for_a_lock_is_told_of_its_holder_and_gets_it(tmp_path: Path) -> None:
+    file = lock_file(tmp_path / "a")
+    file.write_text(json.dumps(vars(Holder("another-host", 7, 0.0, "building"))))
+    seen = []
+    with hold(tmp_path / "a", "building", waiting=lambda holder: seen.append(holder.pid) or file.unlink()):
+        assert json.loads(file.read_text())["pid"] == os.getpid()
+    assert seen == [7] and not file.exists()
+
+
 def test_a_held_lock_shows_signs_of_life(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(locks, "TOUCH_EVERY_S", 0.01)
     with hold(tmp_path / "a.ckpt", "saving"):
