@@ -1,4 +1,4 @@
-"""One process at a time works on a checkpoint, or builds a cache: `.NAME.lock` beside it says host, process, purpose.
+"""One process at a time works on a checkpoint, a cache, a download: `.NAME.lock` beside it says host, process, purpose.
 
 A lock whose process is gone is stale and taken over. Of another host's process only signs of life can be seen: the
 holder touches the file every few seconds, and a lock that was not touched for STALE_AFTER_S is stale as well, so that
@@ -77,8 +77,8 @@ def holder_of(path: Path) -> Holder | None:
 def hold(path: Path, purpose: str, *, waiting: Callable[[Holder], object] | None = None) -> Iterator[None]:
     """Hold the checkpoint or cache `path` (it need not exist yet) against others that save, read or remove it.
 
-    purpose: "saving", "reading" or "building". Of a link, a reader holds the target, a writer the link, which it
-             replaces.
+    purpose: "saving", "reading", "building" or "downloading". Of a link, a reader holds the target, a writer the
+             link, which it replaces.
     waiting: is called again and again while another live process holds it; None does not wait.
     Raises CheckpointError naming host and process if a live one holds it, unless it waits.
     """
@@ -140,7 +140,7 @@ def _in_use(path: Path, file: Path, holder: Holder, purpose: str) -> str:
         f"lock to expire."
     )
     verb = {"saving": "be written", "reading": "be read"}.get(purpose, "be used")
-    return f"The checkpoint {path} cannot {verb} now: {where} is {holder.purpose} it. {how}"
+    return f"{path} cannot {verb} now: {where} is {holder.purpose} it. {how}"
 
 
 def _keep_touching(file: Path, done: threading.Event) -> None:

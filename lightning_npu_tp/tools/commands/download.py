@@ -59,4 +59,6 @@ def download(
     except LightningNPUTPError as error:
         typer.echo(f"error: {' '.join(str(error).split())}", err=True)
         raise typer.Exit(1) from error
-    typer.echo(f"{dest}: {len(listing.files)} files of {repo_id}, all verified")
+    verified = sum(1 for file in listing.files if file.has_hash)
+    how_many = "all" if verified == len(listing.files) else f"{verified} of them"
+    typer.echo(f"{dest}: {len(listing.files)} files of {repo_id}, {how_many} verified")
