@@ -168,7 +168,7 @@ def delete(path: Path) -> None:
     """Delete a file, a link or a folder; what another process deletes meanwhile is fine."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
-    else:
+    elif os.path.lexists(path):
         path.unlink(missing_ok=True)
 
 

@@ -140,6 +140,14 @@ def incomplete(path: Path) -> str:
     return ""
 
 
+def problem(path: Path, *, checksums: bool) -> str:
+    """Why a checkpoint cannot be loaded, or an empty text. checksums: compare them too; reads the whole checkpoint."""
+    reason = incomplete(path)
+    if not reason and checksums and not is_before_manifests(path):
+        reason = "; ".join(verify(path))
+    return reason
+
+
 def verify(path: Path, files: Iterable[str] | None = None) -> list[str]:
     """What is wrong with a checkpoint, each problem naming the file; nothing if every checksum is right.
 
@@ -208,9 +216,7 @@ def newest_complete(
     checksums: verify the checksums too; reads the whole checkpoint.
     """
     for path in sorted(checkpoints_in(folder), key=age_key, reverse=True):
-        reason = incomplete(path)
-        if not reason and checksums and not is_before_manifests(path):
-            reason = "; ".join(verify(path))
+        reason = problem(path, checksums=checksums)
         if not reason:
             return path
         if skipped is not None:

@@ -12,7 +12,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -26,6 +25,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_npu_tp.checkpoint import reader, writer
+from lightning_npu_tp.checkpoint.identity import misfits
 from lightning_npu_tp.checkpoint.manifest import Manifest
 from lightning_npu_tp.checkpoint.peers import Peers
 from lightning_npu_tp.errors import CheckpointError
@@ -150,7 +150,7 @@ def _load_folder(path: Path, model: nn.Module, optimizers: Sequence[Optimizer], 
     metadata = reader.read_index(path)
     state = get_model_state_dict(model)
     stored = metadata.state_dict_metadata
-    _check_names(path, state, {name.removeprefix(f"{_MODEL_KEY}."): meta for name, meta in stored.items()}, strict)
+    _require_fit(path, state, {name.removeprefix(f"{_MODEL_KEY}."): meta for name, meta in stored.items()}, strict)
     for index, _ in enumerate(optimizers):
         if not any(name.startswith(f"optimizer_{index}.") for name in stored):
             raise CheckpointError(f"The checkpoint {path} holds no state of optimizer {index}. {_WEIGHTS_ONLY}")
@@ -175,7 +175,7 @@ def _load_file(
     if "state_dict" not in checkpoint:
         raise CheckpointError(f"{path} is no training checkpoint: it has no 'state_dict'.")
     weights = checkpoint.pop("state_dict")
-    _check_names(path, model.state_dict(), weights, strict)
+    _require_fit(path, model.state_dict(), weights, strict)
     states = checkpoint.get("optimizer_states", [])
     if len(states) < len(optimizers):
         raise CheckpointError(f"The checkpoint {path} holds no state of optimizer {len(states)}. {_WEIGHTS_ONLY}")
@@ -189,19 +189,15 @@ def _load_file(
             group.update({name: value for name, value in stored.items() if name != "params"})
 
 
-def _check_names(path: Path, wanted: dict[str, Any], stored: dict[str, Any], strict: bool) -> None:
-    problems = []
-    for name, value in wanted.items():
-        if name not in stored:
-            if strict:
-                problems.append(f"{name} is missing")
-            continue
-        have = getattr(stored[name], "size", None)
-        have = have() if callable(have) else have
-        if have is not None and isinstance(value, torch.Tensor) and tuple(have) != tuple(value.shape):
-            problems.append(f"{name} has shape {tuple(have)} instead of {tuple(value.shape)}")
-    if problems:
-        shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+def _require_fit(path: Path, wanted: dict[str, Any], stored: dict[str, Any], strict: bool) -> None:
+    shapes = {name: _shape(value) for name, value in wanted.items() if strict or name in stored}
+    if misfit := misfits(shapes, {name: _shape(value) for name, value in stored.items()}):
         raise CheckpointError(
-            f"The checkpoint {path} does not fit the model: {shown}. Load it with the model config it was saved with."
+            f"The checkpoint {path} does not fit the model: {misfit}. Load it with the model config it was saved with."
         )
+
+
+def _shape(value: Any) -> tuple[int, ...] | None:
+    """Global shape of a tensor, or of one that an index describes; None for anything else."""
+    size = value.size() if isinstance(value, Tensor) else getattr(value, "size", None)
+    return None if size is None else tuple(size)

@@ -239,30 +239,27 @@ def _explained(repo_id: str, revision: str, endpoint: str | None, file: Path | N
     """Errors of huggingface_hub and of the network become one sentence with what to do."""
     from huggingface_hub import errors
 
-    what = f"{repo_id} (revision {revision})"
     where = endpoint or os.environ.get("HF_ENDPOINT") or "the Hugging Face hub"
+    # The first that fits: some are kinds of others.
+    mistakes = {
+        errors.GatedRepoError: f" is gated: accept its terms on its page at {where}, then run `hf auth login` or name "
+        f"the variable that holds your token with --token-env.",
+        errors.RepositoryNotFoundError: f" was not found at {where}: the name (OWNER/NAME) is wrong, or it is private "
+        f"and needs a token (--token-env).",
+        errors.RevisionNotFoundError: " was not found: the repository has no such revision (--revision).",
+        errors.HFValidationError: "",
+    }
     try:
         yield
-    except errors.GatedRepoError as error:
-        raise ConfigError(
-            f"{what} is gated: accept its terms on its page at {where}, then run `hf auth login` or name the variable "
-            f"that holds your token with --token-env."
-        ) from error
-    except errors.RepositoryNotFoundError as error:
-        raise ConfigError(
-            f"{what} was not found at {where}: the name (OWNER/NAME) is wrong, or it is private and needs a token "
-            f"(--token-env)."
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise ConfigError(f"{what} was not found: the repository has no such revision (--revision).") from error
-    except errors.HFValidationError as error:
-        raise ConfigError(f"{what}: {error}") from error
-    except errors.OfflineModeIsEnabled as error:
-        raise CheckpointError(
-            "HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) is set, so nothing is fetched. Unset it, or copy the model's "
-            "folder here by hand."
-        ) from error
     except Exception as error:
+        for kind, mistake in mistakes.items():
+            if isinstance(error, kind):
+                raise ConfigError(f"{repo_id} (revision {revision}){mistake or f': {error}'}") from error
+        if isinstance(error, errors.OfflineModeIsEnabled):
+            raise CheckpointError(
+                "HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) is set, so nothing is fetched. Unset it, or copy the model's "
+                "folder here by hand."
+            ) from error
         if isinstance(error, OSError) and error.errno is not None and file is not None:
             raise CheckpointError(f"{file} cannot be written: {error.strerror}.") from error
         about = f" while fetching {file.name}" if file is not None else ""

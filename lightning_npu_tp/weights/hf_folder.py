@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from lightning_npu_tp.checkpoint.identity import misfits
 from lightning_npu_tp.errors import CheckpointError, ConfigError
 from lightning_npu_tp.models.families.family import ModelFamily
 from lightning_npu_tp.models.families.registry import FAMILIES
@@ -90,7 +91,11 @@ def outline(
     buffers = frozenset(state.keys() - every)
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items() if name in parameters or name in buffers}
     prefix = _prefix(available, next(iter(shapes))) if prefix is None else prefix
-    _check(available, {prefix + name: shape for name, shape in shapes.items()})
+    if misfit := misfits({prefix + name: shape for name, shape in shapes.items()}, available):
+        raise CheckpointError(
+            f"The checkpoint does not fit the model's config: {misfit}. Give the config that it was trained with, with "
+            f"--config."
+        )
     return Outline(
         config=config,
         class_name=type(model).__name__,
@@ -112,21 +117,6 @@ def _prefix(available: Mapping[str, Any], first: str) -> str:
             + ("Name one with --model." if found else "Give the config that it was trained with, with --config.")
         )
     return found[0]
-
-
-def _check(available: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> None:
-    problems = [f"{name} is missing" for name in wanted if name not in available]
-    problems += [
-        f"{name} has shape {tuple(available[name])} instead of {shape}"
-        for name, shape in wanted.items()
-        if name in available and tuple(available[name]) != shape
-    ]
-    if problems:
-        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise CheckpointError(
-            f"The checkpoint does not fit the model's config: {'; '.join(problems[:5])}{more}. Give the config that it "
-            f"was trained with, with --config."
-        )
 
 
 def tokenizer_files(path: Path) -> list[Path]:

@@ -19,6 +19,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from lightning_npu_tp.errors import CheckpointError
 from lightning_npu_tp.models.file_names import Bounds, Piece
+from lightning_npu_tp.weights.sources import assembled
 
 T = TypeVar("T")
 
@@ -69,19 +70,11 @@ class LiveSource:
         """See TensorSource; rank 0, inside `run`."""
         if self._together:
             _tell((name, bounds))
-        found = torch.empty([stop - start for start, stop in bounds], dtype=self.dtypes[name])
-        covered = 0
-        for own, rank in self._owners[name].items():
-            overlap = Piece(name, (), own).overlap(bounds)
-            if overlap is None:
-                continue
-            inside, target = overlap
-            part = self._part(name, inside) if rank == 0 else self._receive(name, inside, rank)
-            found[tuple(slice(*pair) for pair in target)] = part
-            covered += part.numel()
-        if covered != found.numel():
-            raise CheckpointError(f"The ranks hold {covered} of {found.numel()} values of {name}.")
-        return found
+
+        def from_rank(rank: int, inside: Bounds) -> Tensor:
+            return self._part(name, inside) if rank == 0 else self._receive(name, inside, rank)
+
+        return assembled(name, bounds, self.dtypes[name], self._owners[name].items(), from_rank, whose="The ranks")
 
     def _part(self, name: str, inside: Bounds) -> Tensor:
         tensor = self._tensors[name]

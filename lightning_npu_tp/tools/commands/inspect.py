@@ -108,18 +108,16 @@ def look_at(path: Path, *, checksums: bool) -> Finding:
     if not path.is_file() and is_before_manifests(path):
         finding.sizes = _sizes(path, finding)
         return finding
+    try:
+        finding.manifest = None if path.is_file() else parse_manifest(path)
+    except CheckpointError as error:
+        finding.problems = [str(error)]
+        return finding
+    finding.problems = verify(path) if checksums else [reason] if (reason := incomplete(path)) else []
     if path.is_file():
-        finding.problems = verify(path) if checksums else [reason] if (reason := incomplete(path)) else []
         finding.sizes = {"rest": path.stat().st_size}
-    else:
-        try:
-            finding.manifest = parse_manifest(path)
-        except CheckpointError as error:
-            finding.problems = [str(error)]
-            return finding
-        finding.problems = verify(path) if checksums else [reason] if (reason := incomplete(path)) else []
-        if not finding.problems:
-            finding.sizes = _sizes(path, finding)
+    elif not finding.problems:
+        finding.sizes = _sizes(path, finding)
     finding.verified = checksums and not finding.problems
     return finding
 
