@@ -37,7 +37,7 @@ class CheckedStream:
         self.failure: OSError | None = None
 
     def write(self, data: Any) -> int:
-        """Write all of `data`."""
+        """Write all of `data`; returns its bytes."""
         try:
             self._raw.write(data)
         except OSError as error:
@@ -61,7 +61,7 @@ class CheckedStream:
         return self._raw.fileno()
 
     def close(self) -> None:
-        """Nothing: whoever opened the file closes it."""
+        """Leave the file open: whoever opened it closes it."""
 
 
 class Written:

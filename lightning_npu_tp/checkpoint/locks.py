@@ -37,7 +37,7 @@ class Holder:
 
     @classmethod
     def me(cls, purpose: str) -> Holder:
-        """This process."""
+        """This process as a holder."""
         return cls(socket.gethostname(), os.getpid(), psutil.Process().create_time(), purpose)
 
     def alive(self, silent_s: float) -> bool:
@@ -52,12 +52,12 @@ class Holder:
 
 
 def lock_file(path: Path) -> Path:
-    """Where the lock of a checkpoint lies."""
+    """Where the lock of the checkpoint, cache or download `path` lies."""
     return path.with_name(f".{path.name}.lock")
 
 
 def holder_of(path: Path) -> Holder | None:
-    """The live process that holds the checkpoint `path`, if any."""
+    """The live process that holds the checkpoint, cache or download `path`, if any."""
     file = lock_file(path)
     try:
         holder = Holder(**json.loads(file.read_text()))

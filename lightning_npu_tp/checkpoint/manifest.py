@@ -53,12 +53,12 @@ class Manifest:
         return sum(entry["bytes"] for entry in self.files.values())
 
     def as_bytes(self) -> bytes:
-        """The file's content, its own checksum at the end."""
+        """The content of `manifest.json`, its own checksum at the end."""
         return sealed_json({"format": self.format} | asdict(self))
 
     @classmethod
     def from_values(cls, values: dict[str, Any]) -> Manifest:
-        """From parsed JSON; unknown keys are dropped, so that a later minor addition can be read."""
+        """A manifest of what `manifest.json` holds; unknown keys are dropped, so that later additions can be read."""
         known = {item.name for item in fields(cls)}
         return cls(**{name: value for name, value in values.items() if name in known})
 
@@ -79,7 +79,7 @@ WHAT_TO_DO = "Take an earlier checkpoint; `lightning-npu-tp inspect` on the fold
 
 
 def parse_manifest(path: Path) -> Manifest:
-    """The manifest alone, whatever the other files are like; errors as `read_manifest`."""
+    """The manifest of a folder whose other files are not looked at; raises CheckpointError as `read_manifest`."""
     file = path / MANIFEST_FILE
     try:
         raw = file.read_bytes()
@@ -199,7 +199,7 @@ def checkpoints_in(folder: Path) -> list[Path]:
 
 
 def age_key(path: Path) -> tuple[float, int]:
-    """Newer checkpoints have the larger key: when it was saved, then its step."""
+    """A key to sort checkpoints by, larger for newer ones: (when it was saved, in seconds, and its step)."""
     try:
         manifest = parse_manifest(path)
         return datetime.fromisoformat(manifest.created).timestamp(), manifest.step

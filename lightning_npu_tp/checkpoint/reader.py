@@ -135,7 +135,7 @@ def read_object(path: Path, weights_only: bool | None) -> Any:
 
 
 def read_rest(path: Path, weights_only: bool | None) -> dict[str, Any]:
-    """What a folder holds besides tensors."""
+    """What a checkpoint folder holds besides tensors: its meta.pt."""
     return read_object(path / REST_FILE, weights_only)
 
 

@@ -53,7 +53,7 @@ def rank_file(rank: int) -> str:
 
 
 def serialized(value: Any) -> bytes:
-    """What torch.save makes of it."""
+    """The bytes of the file that torch.save makes of `value`."""
     buffer = io.BytesIO()
     torch.save(value, buffer)
     return buffer.getvalue()
@@ -199,7 +199,7 @@ def _complete(partial: Path, path: Path, manifest: Manifest, parts: list[dict[st
 
 
 class _CheckedFileSystem(FileSystem):
-    """Writes through `Written`."""
+    """torch's file system, writing through `Written`."""
 
     def __init__(self, written: Written) -> None:
         self._written = written

@@ -9,11 +9,10 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import lightning
 import torch.distributed as dist
@@ -34,58 +33,18 @@ from lightning_npu_tp.checkpoint.saves import Saves
 from lightning_npu_tp.devices.device import NPU
 from lightning_npu_tp.devices.fault_text import explain
 from lightning_npu_tp.devices.launch_queue import require_launch_queue
-from lightning_npu_tp.errors import CheckpointError, ConfigError
+from lightning_npu_tp.errors import CheckpointError
 from lightning_npu_tp.launch.preemption import Preemption
 from lightning_npu_tp.launch.signals import TERMINATED
 from lightning_npu_tp.models.families.family import ModelFamily
 from lightning_npu_tp.models.families.registry import FAMILIES
 from lightning_npu_tp.parallel.layout import Layout
+from lightning_npu_tp.trainer.checkpoint_settings import CheckpointSettings
 from lightning_npu_tp.trainer.resume import Resume
 from lightning_npu_tp.weights.load import leave_to_checkpoint
 
 # Found by ckpt_path="auto", as it is the newest.
 PREEMPTED = "preempted.ckpt"
-
-OnSaveError = Literal["stop", "continue"]
-
-
-@dataclass(frozen=True)
-class CheckpointSettings:
-    """The strategy's arguments about checkpoints; see there.
-
-    Raises ConfigError for an `on_save_error` that does not exist and a time that is none.
-    """
-
-    trusted: bool | None = None
-    async_save: bool = False
-    on_save_error: OnSaveError = "stop"
-    verify: bool = True
-    resume_weights_only: bool = False
-    allow_other_tokenizer: bool = False
-    save_on_sigterm: bool = True
-    sigterm_grace_s: float = 60.0
-
-    def __post_init__(self) -> None:
-        if self.on_save_error not in get_args(OnSaveError):
-            raise ConfigError(
-                f"on_save_error={self.on_save_error!r} does not exist. Set strategy.on_save_error to stop or continue."
-            )
-        if not self.sigterm_grace_s > 0:
-            raise ConfigError(
-                f"sigterm_grace_s={self.sigterm_grace_s} is not a positive number of seconds. Set "
-                f"strategy.sigterm_grace_s, or strategy.save_on_sigterm=false."
-            )
-
-
-def refuse_removed(arguments: Mapping[str, object]) -> None:
-    """Raise ConfigError for an argument that the strategy once had, TypeError for another that it has not."""
-    for name in arguments:
-        if name == "save_distributed_checkpoint":
-            raise ConfigError(
-                "strategy.save_distributed_checkpoint no longer exists: a checkpoint is always a folder. Leave it out; "
-                "`python -m lightning.pytorch.utilities.consolidate_checkpoint CKPT` makes one file of a folder."
-            )
-        raise TypeError(f"NPUTensorParallelStrategy has no argument {name!r}.")
 
 
 class CheckpointHooks(ParallelStrategy):
@@ -102,7 +61,7 @@ class CheckpointHooks(ParallelStrategy):
 
     @property
     def layout(self) -> Layout:
-        """Sizes of this run's axes."""
+        """Sizes of this run's axes data, tensor and expert."""
         raise NotImplementedError
 
     @property
@@ -287,13 +246,13 @@ class CheckpointHooks(ParallelStrategy):
     @property
     @override
     def restore_checkpoint_after_setup(self) -> bool:
-        """The shards exist after setup."""
+        """True: the shards that a checkpoint is loaded into exist after setup only."""
         return True
 
     @property
     @override
     def lightning_restore_optimizer(self) -> bool:
-        """`load_checkpoint` has done it."""
+        """False: `load_checkpoint` loads the optimizers' states."""
         return False
 
     @override
@@ -402,8 +361,8 @@ class CheckpointHooks(ParallelStrategy):
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Done by `load_checkpoint`."""
+        """Nothing: `load_checkpoint` has loaded the weights."""
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Done by `load_checkpoint`."""
+        """Nothing: `load_checkpoint` has loaded the optimizers' states."""

@@ -139,14 +139,14 @@ class FitLoop(_FitLoop):
 
     @override
     def on_run_start(self) -> None:
-        """Before the first epoch."""
+        """Before the first epoch: give each ModelCheckpoint back what it does not save."""
         super().on_run_start()
         self.resume.tell_savers(self.trainer)
 
     @property
     @override
     def done(self) -> bool:
-        """Whether to leave the loop."""
+        """Whether to leave the loop over epochs."""
         return not self.resume.batch_is_open and super().done
 
     @override

@@ -59,7 +59,8 @@ from lightning_npu_tp.parallel.collectives import group_size
 from lightning_npu_tp.parallel.layout import Dispatch, Groups, Layout, Meshes, Size, resolve_dispatch
 from lightning_npu_tp.parallel.recompute import Recompute
 from lightning_npu_tp.trainer import module_setup
-from lightning_npu_tp.trainer.checkpoint_hooks import CheckpointHooks, CheckpointSettings, OnSaveError, refuse_removed
+from lightning_npu_tp.trainer.checkpoint_hooks import CheckpointHooks
+from lightning_npu_tp.trainer.checkpoint_settings import CheckpointSettings, OnSaveError, refuse_removed
 from lightning_npu_tp.trainer.data_mean import reduce_over_data
 from lightning_npu_tp.trainer.even_batches import count_once
 from lightning_npu_tp.trainer.explain_device import may_hang

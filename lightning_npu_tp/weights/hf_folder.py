@@ -59,7 +59,7 @@ class Outline:
     pieces: dict[str, list[Piece]] = field(repr=False, default_factory=dict)
 
     def left_out(self, names: Sequence[str]) -> list[str]:
-        """Those of the source's tensors that the folder does not hold."""
+        """Those of the source's tensors, by name, that the exported folder does not hold."""
         known = self.shapes.keys() | self.tied
         return [
             name for name in names if name.removeprefix(self.prefix) not in known or not name.startswith(self.prefix)
@@ -138,7 +138,7 @@ def tokenizer_files(path: Path) -> list[Path]:
 
 
 def write_side_files(folder: Path, plan: Outline, dtype: torch.dtype, tokenizer: Path | None) -> None:
-    """config.json, generation_config.json and the tokenizer's files."""
+    """Write config.json, generation_config.json and the tokenizer's files into `folder`."""
     config = copy.deepcopy(plan.config)
     config.dtype = str(dtype).removeprefix("torch.")
     config.architectures = [plan.class_name]

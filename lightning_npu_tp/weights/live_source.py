@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 
 class LiveSource:
-    """See sources.TensorSource; every rank makes one, rank 0 reads, the others serve.
+    """A module's weights as a `TensorSource`; every rank makes one, rank 0 reads, the others serve.
 
     module: its parameters are DTensors of any meshes, or plain and alike on all ranks.
     device: on which the process group moves tensors.
@@ -67,7 +67,7 @@ class LiveSource:
         return result
 
     def read(self, name: str, bounds: Bounds) -> Tensor:
-        """See TensorSource; rank 0, inside `run`."""
+        """The part of a tensor within `bounds`; for rank 0, inside of `run`."""
         if self._together:
             _tell((name, bounds))
 

@@ -96,7 +96,7 @@ class FileSource:
         self.dtypes = {name: tensor.dtype for name, tensor in self._tensors.items()}
 
     def read(self, name: str, bounds: Bounds) -> Tensor:
-        """See TensorSource."""
+        """The part of a tensor within `bounds`; see `TensorSource.read`."""
         return self._tensors[name][_slices(bounds)]
 
 
@@ -116,7 +116,7 @@ class FolderSource:
         self.dtypes = {name: entry.properties.dtype for name, (_, entry) in self._tensors.items()}
 
     def read(self, name: str, bounds: Bounds) -> Tensor:
-        """See TensorSource. Raises CheckpointError where stored shards do not cover the part."""
+        """The part of a tensor within `bounds`. Raises CheckpointError where stored shards do not cover it."""
         full_name, entry = self._tensors[name]
         chunks = (
             (tuple((first, first + size) for first, size in zip(chunk.offsets, chunk.sizes, strict=True)), chunk)
