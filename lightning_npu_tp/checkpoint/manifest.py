@@ -47,11 +47,6 @@ class Manifest:
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat())
     format: int = FORMAT
 
-    @property
-    def size(self) -> int:
-        """Bytes of all files together."""
-        return sum(entry["bytes"] for entry in self.files.values())
-
     def as_bytes(self) -> bytes:
         """The content of `manifest.json`, its own checksum at the end."""
         return sealed_json({"format": self.format} | asdict(self))
