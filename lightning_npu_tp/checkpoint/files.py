@@ -56,6 +56,9 @@ class CheckedStream:
         """Hand everything to the operating system."""
         self._raw.flush()
 
+    def close(self) -> None:
+        """Leave the file open: whoever opened it closes it."""
+
 
 class Written:
     """Collects size and checksum of every file that is written through it; one per save and rank.

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
-from lightning_npu_tp.checkpoint.files import PARTIAL, beside, delete, fsync_folder, in_place, left_beside
+from lightning_npu_tp.checkpoint.files import PARTIAL, beside, delete, fsync_file, fsync_folder, in_place, left_beside
 from lightning_npu_tp.checkpoint.locks import hold
 from lightning_npu_tp.checkpoint.peers import Peers
 from lightning_npu_tp.checkpoint.reader import open_checkpoint, read_rest
@@ -166,13 +167,17 @@ def export_source(
                     told, fits = compare_tokenizers(tokenizer, partial)
                     (done.notes if fits else done.differences).append(told)
             if not done.differences:
+                for file in partial.iterdir():
+                    fsync_file(file)
                 fsync_folder(partial)
                 require_free(out)
                 os.rename(partial, out)
                 fsync_folder(out.parent)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
+            # safetensors has an error of its own for a disk that is full.
+            why = getattr(error, "strerror", None) or error
             raise CheckpointError(
-                f"{out} cannot be written: {error.strerror or error}. It needs {needed:,} bytes, "
+                f"{out} cannot be written: {why}. It needs {needed:,} bytes, "
                 f"{shutil.disk_usage(out.parent).free:,} are free. Nothing was left there."
             ) from error
         finally:

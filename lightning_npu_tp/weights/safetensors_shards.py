@@ -15,7 +15,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lightning_npu_tp.checkpoint.files import fsync_file
 from lightning_npu_tp.errors import CheckpointError
 from lightning_npu_tp.weights.safetensors_reader import INDEX_FILE
 
@@ -38,7 +37,7 @@ class Shards:
         self._file_of: dict[str, str] = split.tensor_to_filename
 
     def write(self, folder: Path, rows: Iterable[tuple[str, int, Tensor]]) -> None:
-        """Write all files, each to the disk, and the index if there are several.
+        """Write all files, and the index if there are several.
 
         rows: (name in the files, first row of dim 0, rows on the CPU); each row once, in the order of the names. Of a
         scalar, the scalar itself.
@@ -59,7 +58,6 @@ class Shards:
             missing[key] -= part.numel()
             if not any(missing[k] for k in self.files[file]):
                 save_file(filling.pop(file), folder / file, {"format": "pt"})
-                fsync_file(folder / file)
         if lacking := sorted(key for key, count in missing.items() if count):
             raise CheckpointError(f"{len(lacking)} tensors were never written, {lacking[0]} first.")
         if len(self.files) > 1:

@@ -7,6 +7,8 @@ does not say where tensors are, a selection bias that is lost without a word, an
 from __future__ import annotations
 
 import json
+import os
+import resource
 import shutil
 from pathlib import Path
 from typing import Any
@@ -169,6 +171,41 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     done = command(path, tmp_path / "out", "--tokenizer", "none")
     assert done.exit_code == 1 and "No space left on device. It needs" in done.output
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
+    monkeypatch.undo()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        done = command(path, tmp_path / "out", "--tokenizer", "none")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert done.exit_code == 1 and "cannot be written" in done.output and "File too large" in done.output
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
+
+
+def test_all_of_an_export_is_on_the_disk_before_the_name_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, _ = checkpoint(tmp_path)
+    events: list[str] = []
+    fsync, rename = os.fsync, os.rename
+
+    def note_fsync(descriptor: int) -> None:
+        events.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        fsync(descriptor)
+
+    def note_rename(source: Any, target: Any) -> None:
+        events.append(f"rename to {Path(target).name}")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", note_fsync)
+    monkeypatch.setattr(os, "rename", note_rename)
+    exporting.export_checkpoint(path, tmp_path / "out", max_shard_bytes=40_000, with_tokenizer=False)
+    monkeypatch.undo()
+    files = {file.name for file in (tmp_path / "out").iterdir()}
+    assert "model.safetensors.index.json" in files and len(files) > 5
+    named = events.index("rename to out")
+    assert set(events[: named - 1]) == files and events[named - 1].startswith(".out.partial-")
+    assert events[named + 1 :] == [tmp_path.name]
 
 
 def test_every_mistake_is_told_in_one_line(tmp_path: Path) -> None:
