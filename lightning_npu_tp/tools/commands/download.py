@@ -31,7 +31,7 @@ def download(
     Only safetensors, config, generation config and tokenizer: no .bin, .pt, .gguf or ONNX copies of the weights.
     """
     from lightning_npu_tp.checkpoint.files import size_in_words
-    from lightning_npu_tp.weights import download as downloading
+    from lightning_npu_tp.weights import hub_download as downloading
 
     endpoint = (endpoint or os.environ.get("HF_ENDPOINT") or "").rstrip("/") or None
     token = os.environ.get(token_env) or None
