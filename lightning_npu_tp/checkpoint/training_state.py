@@ -179,6 +179,11 @@ def _load_file(
     states = checkpoint.get("optimizer_states", [])
     if len(states) < len(optimizers):
         raise CheckpointError(f"The checkpoint {path} holds no state of optimizer {len(states)}. {_WEIGHTS_ONLY}")
+    if any(isinstance(name, int) for state in states for name in state["state"]):
+        raise CheckpointError(
+            f"The optimizer states in {path}, a file of plain Lightning, say the numbers of their parameters and not "
+            f"the names, and a sharded model may have another order. {_WEIGHTS_ONLY}"
+        )
     set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, strict=strict))
     for optimizer, state in zip(optimizers, states, strict=False):
         if state["state"]:

@@ -343,6 +343,18 @@ def test_the_bytes_needed_are_those_on_disk(tmp_path: Path) -> None:
 # --- a file of plain Lightning ------------------------------------------------------------------------
 
 
+def test_of_a_file_of_plain_lightning_the_weights_are_loaded_and_numbered_optimizer_states_are_refused(
+    tmp_path: Path,
+) -> None:
+    path, other = tmp_path / "plain.ckpt", nn.Linear(8, 4)
+    model, optimizer = model_and_optimizer()
+    torch.save({"state_dict": model.state_dict(), "optimizer_states": [optimizer.state_dict()]}, path)
+    with pytest.raises(CheckpointError, match=r"say the numbers .* Set strategy\.resume_weights_only=true"):
+        load(path)
+    training_state.load(path, other, [], strict=True, weights_only=None)
+    assert torch.equal(other.weight, model.weight)
+
+
 def test_a_file_of_another_program_is_checked_by_its_own_checksums(tmp_path: Path) -> None:
     path = tmp_path / "plain.ckpt"
     torch.save({"state_dict": {"weight": torch.arange(4000.0)}}, path)
