@@ -179,7 +179,7 @@ def _load_file(
     states = checkpoint.get("optimizer_states", [])
     if len(states) < len(optimizers):
         raise CheckpointError(f"The checkpoint {path} holds no state of optimizer {len(states)}. {_WEIGHTS_ONLY}")
-    if any(isinstance(name, int) for state in states for name in state["state"]):
+    if any(isinstance(name, int) for state in states[: len(optimizers)] for name in state["state"]):
         raise CheckpointError(
             f"The optimizer states in {path}, a file of plain Lightning, say the numbers of their parameters and not "
             f"the names, and a sharded model may have another order. {_WEIGHTS_ONLY}"
