@@ -72,8 +72,8 @@ def measure(rank: int, world_size: int, folder: str, megabytes: int, rounds: int
 
     def prepared(peers: Peers, copy: bool) -> Callable[[], None]:
         state = {
-            "state_dict": training_state.model_state(model, full=False),
-            "optimizer_states": [training_state.optimizer_state(model, optimizer, full=False)],
+            "state_dict": training_state.model_state(model),
+            "optimizer_states": [training_state.optimizer_state(model, optimizer)],
         }
         if copy:
             state = training_state.detached(state, model, [optimizer])
@@ -83,7 +83,7 @@ def measure(rank: int, world_size: int, folder: str, megabytes: int, rounds: int
 
     def raw() -> None:
         content = memoryview(bytes(_BLOCK))
-        left = read_manifest(path).size // world_size
+        left = sum(entry["bytes"] for entry in read_manifest(path).files.values()) // world_size
         with open(Path(folder) / f"raw_{rank}", "wb", buffering=0) as stream:
             while left > 0:
                 left -= stream.write(content[: min(_BLOCK, left)])
@@ -101,7 +101,7 @@ def measure(rank: int, world_size: int, folder: str, megabytes: int, rounds: int
         dist.barrier()
         times["until_complete"].append(time.perf_counter() - start)
         times["verify"].append(slowest(lambda: open_checkpoint(path, Peers(), checksums=True)))
-    size = read_manifest(path).size
+    size = sum(entry["bytes"] for entry in read_manifest(path).files.values())
     dist.barrier()
     if rank == 0:
         delete(path)

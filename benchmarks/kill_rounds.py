@@ -33,7 +33,7 @@ import psutil
 import torch
 
 from lightning_npu_tp.checkpoint.manifest import newest_complete, read_manifest
-from lightning_npu_tp.weights.sources import FolderSource, whole_bounds
+from lightning_npu_tp.weights.sources import FolderSource
 from lit_models.run.continued import points
 
 ROOT = Path(__file__).parents[1]
@@ -53,7 +53,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
     newest = newest_complete(folder / "checkpoints", checksums=True)
     assert newest is not None, f"no checkpoint in {folder}"
     source = FolderSource(newest)
-    return {name: source.read(name, whole_bounds(shape)) for name, shape in source.shapes.items()}
+    return {name: source.read(name, tuple((0, size) for size in shape)) for name, shape in source.shapes.items()}
 
 
 def repeated_rows(path: Path) -> list[str]:

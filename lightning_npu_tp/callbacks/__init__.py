@@ -11,7 +11,7 @@ warmup.py             Warmup                communicators and operators made bef
 """
 
 from lightning_npu_tp.callbacks.expert_load import ExpertLoadMonitor
-from lightning_npu_tp.callbacks.export import ExportAtEnd
+from lightning_npu_tp.callbacks.export_at_end import ExportAtEnd
 from lightning_npu_tp.callbacks.loss_curve import LossCurve
 from lightning_npu_tp.callbacks.loss_free_balance import LossFreeBalance
 from lightning_npu_tp.callbacks.nonfinite import NonFiniteGuard

@@ -1,25 +1,28 @@
-"""Files of a checkpoint on disk: checksums while writing, fsync, names beside the target, whole removal.
+"""Folders that are on disk whole or not at all: checksums, fsync, names beside the target, whole removal.
 
-What a checkpoint called NAME leaves in its parent folder while work is under way: `.NAME.partial-…` is being written,
-`.NAME.previous-…` is the one that NAME is about to replace, `.NAME.removed-…` is being deleted, `.NAME.lock` says who
-is at it (locks.py). Nothing here knows what is in the files.
+What a checkpoint (or cache) called NAME leaves in its parent folder while work is under way: `.NAME.partial-…` is being
+written, `.NAME.previous-…` is the one that NAME is about to replace, `.NAME.removed-…` is being deleted, `.NAME.lock`
+says who is at it (locks.py). Nothing here knows what is in the files.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 import uuid
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
 PARTIAL, PREVIOUS, REMOVED = "partial", "previous", "removed"
 _BESIDE = re.compile(rf"^\.(?P<name>.+)\.(?P<kind>{PARTIAL}|{PREVIOUS}|{REMOVED})-[0-9a-f]{{12}}$")
 _CHUNK = 1 << 22
+_BLANK = "0" * 8
+_CHECKSUM = re.compile(rb'"checksum": "([0-9a-f]{8})"\n}\n\Z')
 
 
 class CheckedStream:
@@ -34,7 +37,7 @@ class CheckedStream:
         self.failure: OSError | None = None
 
     def write(self, data: Any) -> int:
-        """Write all of `data`."""
+        """Write all of `data`; returns its bytes."""
         try:
             self._raw.write(data)
         except OSError as error:
@@ -53,12 +56,8 @@ class CheckedStream:
         """Hand everything to the operating system."""
         self._raw.flush()
 
-    def fileno(self) -> int:
-        """The file's descriptor, for fsync."""
-        return self._raw.fileno()
-
     def close(self) -> None:
-        """Nothing: whoever opened the file closes it."""
+        """Leave the file open: whoever opened it closes it."""
 
 
 class Written:
@@ -92,14 +91,40 @@ class Written:
         self.files[path.name] = {"bytes": stream.bytes, "crc32": stream.crc32}
 
 
-def crc32_of(path: Path, length: int | None = None) -> int:
-    """CRC-32 of a file, or of its first `length` bytes."""
+def crc32_of(path: Path, first: int = 0, length: int | None = None) -> int:
+    """CRC-32 of a file, or of `length` of its bytes from byte `first` on."""
     value, left = 0, os.path.getsize(path) if length is None else length
     with open(path, "rb") as stream:
+        stream.seek(first)
         while left > 0 and (chunk := stream.read(min(_CHUNK, left))):
             value = zlib.crc32(chunk, value)
             left -= len(chunk)
     return value
+
+
+def sealed_json(values: dict[str, Any]) -> bytes:
+    """`values` as JSON with a CRC-32 of the text at its end: over the text's own bytes with zeros in that place."""
+    text = json.dumps(values | {"checksum": _BLANK}, indent=2, default=str) + "\n"
+    return text.replace(f'"{_BLANK}"\n}}\n', f'"{zlib.crc32(text.encode()):08x}"\n}}\n').encode()
+
+
+def unsealed_json(content: bytes) -> dict[str, Any] | None:
+    """What `sealed_json` made the content of; None if its checksum is not right."""
+    found = _CHECKSUM.search(content)
+    if found is None:
+        return None
+    blank = content[: found.start(1)] + _BLANK.encode() + content[found.end(1) :]
+    if zlib.crc32(blank) != int(found[1], 16):
+        return None
+    values: dict[str, Any] = json.loads(content)
+    del values["checksum"]
+    return values
+
+
+def fsync_file(path: Path) -> None:
+    """Have a file that another library wrote survive a power cut."""
+    with open(path, "rb") as stream:
+        os.fsync(stream.fileno())
 
 
 def fsync_folder(path: Path) -> None:
@@ -117,12 +142,14 @@ def beside(path: Path, kind: str) -> Path:
 
 
 def left_beside(folder: Path) -> list[tuple[Path, str, str]]:
-    """What saves have left in a folder: (path, name of the checkpoint, kind), oldest first."""
+    """What is being written, or was left, in a folder: (path, NAME, kind), oldest first."""
     found = []
     for entry in folder.iterdir():
         if match := _BESIDE.match(entry.name):
-            found.append((entry, match["name"], match["kind"]))
-    return sorted(found, key=lambda item: item[0].lstat().st_mtime)
+            # Whoever made it may take it away meanwhile.
+            with suppress(FileNotFoundError):
+                found.append((entry.lstat().st_mtime, (entry, match["name"], match["kind"])))
+    return [item for _, item in sorted(found)]
 
 
 def in_place(path: Path) -> Path:
@@ -137,7 +164,7 @@ def delete(path: Path) -> None:
     """Delete a file, a link or a folder; what another process deletes meanwhile is fine."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
-    else:
+    elif os.path.lexists(path):
         path.unlink(missing_ok=True)
 
 
@@ -156,11 +183,10 @@ def replace_whole(new: Path, path: Path) -> None:
     Between the two renames the old one is at `in_place(path)`.
     """
     aside = None
-    if os.path.lexists(path) and (path.is_dir() or new.is_dir()):
+    if os.path.lexists(path):
         aside = beside(path, PREVIOUS)
         os.rename(path, aside)
     try:
-        # Over a file this replaces in one step.
         os.rename(new, path)
     except OSError:
         if aside is not None:

@@ -7,7 +7,7 @@ still mean different things by them.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -112,6 +112,20 @@ def require_same_model(path: Path, stored: Manifest, current: Manifest, *, allow
         if differ:
             rank_zero_warn(f"The checkpoint {path} was saved with other settings of the model: {'; '.join(differ)}.")
     _require_same_tokenizer(path, stored.tokenizer, current.tokenizer, allow_other_tokenizer)
+
+
+def misfits(wanted: Mapping[str, Any], stored: Mapping[str, Any]) -> str:
+    """Which tensors are missing or of another shape, the first five by name; an empty text if all fit.
+
+    wanted, stored: name -> global shape, None where it is not a tensor.
+    """
+    problems = [f"{name} is missing" for name in wanted if name not in stored]
+    problems += [
+        f"{name} has shape {stored[name]} instead of {shape}"
+        for name, shape in wanted.items()
+        if name in stored and None not in (shape, stored[name]) and tuple(stored[name]) != tuple(shape)
+    ]
+    return "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
 
 
 def _architecture(model: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""One process at a time works on a checkpoint: `.NAME.lock` beside it holds host, process and purpose.
+"""One process at a time works on a checkpoint, a cache, a download: `.NAME.lock` beside it says host, process, purpose.
 
 A lock whose process is gone is stale and taken over. Of another host's process only signs of life can be seen: the
 holder touches the file every few seconds, and a lock that was not touched for STALE_AFTER_S is stale as well, so that
@@ -7,13 +7,14 @@ a job that was killed on one host and goes on at another does not wait for ever.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -36,7 +37,7 @@ class Holder:
 
     @classmethod
     def me(cls, purpose: str) -> Holder:
-        """This process."""
+        """This process as a holder."""
         return cls(socket.gethostname(), os.getpid(), psutil.Process().create_time(), purpose)
 
     def alive(self, silent_s: float) -> bool:
@@ -51,12 +52,12 @@ class Holder:
 
 
 def lock_file(path: Path) -> Path:
-    """Where the lock of a checkpoint lies."""
+    """Where the lock of the checkpoint, cache or download `path` lies."""
     return path.with_name(f".{path.name}.lock")
 
 
 def holder_of(path: Path) -> Holder | None:
-    """The live process that holds the checkpoint `path`, if any."""
+    """The live process that holds the checkpoint, cache or download `path`, if any."""
     file = lock_file(path)
     try:
         holder = Holder(**json.loads(file.read_text()))
@@ -73,16 +74,22 @@ def holder_of(path: Path) -> Holder | None:
 
 
 @contextmanager
-def hold(path: Path, purpose: str) -> Iterator[None]:
-    """Hold the checkpoint `path` (it need not exist yet) against others that save, read or remove it.
+def hold(path: Path, purpose: str, *, waiting: Callable[[Holder], object] | None = None) -> Iterator[None]:
+    """Hold the checkpoint or cache `path` (it need not exist yet) against others that save, read or remove it.
 
-    purpose: "saving" or "reading". Of a link, a reader holds the target, a writer the link, which it replaces.
-    Raises CheckpointError naming host and process if a live one holds it.
+    purpose: "saving", "reading", "building" or "downloading". Of a link, a reader holds the target, a writer the
+             link, which it replaces.
+    waiting: is called again and again while another live process holds it; None does not wait.
+    Raises CheckpointError naming host and process if a live one holds it, unless it waits.
     """
     path = path.resolve() if purpose == "reading" else path
     file = lock_file(path)
     content = json.dumps(asdict(Holder.me(purpose)))
-    _take(file, content, path, purpose)
+    while (holder := _take(file, content, path)) is not None:
+        if waiting is None:
+            raise CheckpointError(_in_use(path, file, holder, purpose))
+        waiting(holder)
+        time.sleep(0.2)
     done = threading.Event()
     touching = threading.Thread(target=_keep_touching, args=(file, done), name="checkpoint lock", daemon=True)
     touching.start()
@@ -94,18 +101,33 @@ def hold(path: Path, purpose: str) -> Iterator[None]:
         file.unlink(missing_ok=True)
 
 
-def _take(file: Path, content: str, path: Path, purpose: str) -> None:
+def _take(file: Path, content: str, path: Path) -> Holder | None:
+    """Take the lock, or say which live process has it."""
     while True:
         try:
             descriptor = os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
         except FileExistsError:
-            if (holder := holder_of(path)) is not None:
-                raise CheckpointError(_in_use(path, file, holder, purpose)) from None
-            file.unlink(missing_ok=True)
+            if (holder := _remove_stale(file, path)) is not None:
+                return holder
             continue
         with os.fdopen(descriptor, "w") as stream:
             stream.write(content)
-        return
+        return None
+
+
+def _remove_stale(file: Path, path: Path) -> Holder | None:
+    """Remove a lock whose process is gone, one process at a time; returns the holder of one that is held."""
+    try:
+        with open(file) as stream:
+            with suppress(OSError):
+                # Where files cannot be locked, two that come at once may still take each other's lock away.
+                fcntl.flock(stream, fcntl.LOCK_EX)
+            if (holder := holder_of(path)) is None and os.path.samestat(os.fstat(stream.fileno()), file.stat()):
+                file.unlink()
+            return holder
+    except FileNotFoundError:
+        # Whoever had it is done, or another process has removed it.
+        return None
 
 
 def _in_use(path: Path, file: Path, holder: Holder, purpose: str) -> str:
@@ -118,7 +140,7 @@ def _in_use(path: Path, file: Path, holder: Holder, purpose: str) -> str:
         f"lock to expire."
     )
     verb = {"saving": "be written", "reading": "be read"}.get(purpose, "be used")
-    return f"The checkpoint {path} cannot {verb} now: {where} is {holder.purpose} it. {how}"
+    return f"{path} cannot {verb} now: {where} is {holder.purpose} it. {how}"
 
 
 def _keep_touching(file: Path, done: threading.Event) -> None:

@@ -6,8 +6,7 @@ makes a checkpoint complete. Readable without torch and before anything else of 
 
 from __future__ import annotations
 
-import json
-import re
+import zipfile
 import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, fields
@@ -15,8 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from lightning_npu_tp.checkpoint.files import PREVIOUS, crc32_of, in_place, left_beside
-from lightning_npu_tp.checkpoint.single_file import check_file
+from lightning_npu_tp.checkpoint.files import PREVIOUS, crc32_of, in_place, left_beside, sealed_json, unsealed_json
 from lightning_npu_tp.errors import CheckpointError
 
 FORMAT = 1
@@ -24,9 +22,6 @@ MANIFEST_FILE = "manifest.json"
 # What the state besides tensors is in; Lightning's consolidation script looks for the name.
 REST_FILE = "meta.pt"
 DCP_FILE = ".metadata"
-_BLANK = "0" * 8
-# The checksum is over the file's own bytes with zeros in its place; it stands at the very end.
-_CHECKSUM = re.compile(rb'"checksum": "([0-9a-f]{8})"\n}\n\Z')
 
 
 @dataclass
@@ -52,20 +47,13 @@ class Manifest:
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat())
     format: int = FORMAT
 
-    @property
-    def size(self) -> int:
-        """Bytes of all files together."""
-        return sum(entry["bytes"] for entry in self.files.values())
-
     def as_bytes(self) -> bytes:
-        """The file's content, its own checksum at the end."""
-        values = {"format": self.format} | asdict(self)
-        text = json.dumps(values | {"checksum": _BLANK}, indent=2, default=str) + "\n"
-        return text.replace(f'"{_BLANK}"\n}}\n', f'"{zlib.crc32(text.encode()):08x}"\n}}\n').encode()
+        """The content of `manifest.json`, its own checksum at the end."""
+        return sealed_json({"format": self.format} | asdict(self))
 
     @classmethod
     def from_values(cls, values: dict[str, Any]) -> Manifest:
-        """From parsed JSON; unknown keys are dropped, so that a later minor addition can be read."""
+        """A manifest of what `manifest.json` holds; unknown keys are dropped, so that later additions can be read."""
         known = {item.name for item in fields(cls)}
         return cls(**{name: value for name, value in values.items() if name in known})
 
@@ -86,7 +74,7 @@ WHAT_TO_DO = "Take an earlier checkpoint; `lightning-npu-tp inspect` on the fold
 
 
 def parse_manifest(path: Path) -> Manifest:
-    """The manifest alone, whatever the other files are like; errors as `read_manifest`."""
+    """The manifest of a folder whose other files are not looked at; raises CheckpointError as `read_manifest`."""
     file = path / MANIFEST_FILE
     try:
         raw = file.read_bytes()
@@ -97,10 +85,9 @@ def parse_manifest(path: Path) -> Manifest:
         ) from None
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error.strerror}.") from error
-    found = _CHECKSUM.search(raw)
-    if found is None or zlib.crc32(raw[: found.start(1)] + _BLANK.encode() + raw[found.end(1) :]) != int(found[1], 16):
+    values = unsealed_json(raw)
+    if values is None:
         raise CheckpointError(f"{file} is damaged: its checksum is not that of its content. {WHAT_TO_DO}")
-    values = json.loads(raw)
     if values["format"] > FORMAT:
         raise CheckpointError(
             f"The checkpoint {path} has format {values['format']}, and this version of lightning_npu_tp reads up to "
@@ -135,15 +122,10 @@ def is_before_manifests(path: Path) -> bool:
     return [file.is_file() for file in files] == [False, False, True, True]
 
 
-def is_complete(path: Path) -> bool:
-    """Whether a checkpoint, folder or file, is complete; sizes are looked at, checksums are not."""
-    return not incomplete(path)
-
-
 def incomplete(path: Path) -> str:
-    """Why a checkpoint is not complete, or an empty text."""
+    """Why a checkpoint, folder or file, is not complete, or an empty text; looks at sizes, not at checksums."""
     if path.is_file():
-        return "; ".join(check_file(path, checksum=False))
+        return "; ".join(_check_file(path, checksums=False))
     if is_before_manifests(path):
         return ""
     try:
@@ -153,14 +135,22 @@ def incomplete(path: Path) -> str:
     return ""
 
 
+def problem(path: Path, *, checksums: bool) -> str:
+    """Why a checkpoint cannot be loaded, or an empty text. checksums: compare them too; reads the whole checkpoint."""
+    reason = incomplete(path)
+    if not reason and checksums and not is_before_manifests(path):
+        reason = "; ".join(verify(path))
+    return reason
+
+
 def verify(path: Path, files: Iterable[str] | None = None) -> list[str]:
     """What is wrong with a checkpoint, each problem naming the file; nothing if every checksum is right.
 
-    path:  a folder or a one-file checkpoint.
+    path:  a folder, or a file that plain Lightning or its consolidation script wrote.
     files: the names to look at; all of the manifest by default. The manifest itself is always checked.
     """
     if path.is_file():
-        return check_file(path, checksum=True)
+        return _check_file(path, checksums=True)
     try:
         manifest = parse_manifest(path)
     except CheckpointError as error:
@@ -180,6 +170,16 @@ def verify(path: Path, files: Iterable[str] | None = None) -> list[str]:
     return problems
 
 
+def _check_file(path: Path, *, checksums: bool) -> list[str]:
+    """What is wrong with a file that torch.save wrote; its archive has a checksum for each entry, but its headers."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            bad = archive.testzip() if checksums else None
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError) as error:
+        return [f"{path} is no whole checkpoint file ({error})"]
+    return [f"{path} has changed: {bad} does not have its checksum"] if bad else []
+
+
 def checkpoints_in(folder: Path) -> list[Path]:
     """Checkpoints in a folder, in whatever state, links left out; those moved aside stand for absent ones."""
     if not folder.is_dir():
@@ -194,7 +194,7 @@ def checkpoints_in(folder: Path) -> list[Path]:
 
 
 def age_key(path: Path) -> tuple[float, int]:
-    """Newer checkpoints have the larger key: when it was saved, then its step."""
+    """A key to sort checkpoints by, larger for newer ones: (when it was saved, in seconds, and its step)."""
     try:
         manifest = parse_manifest(path)
         return datetime.fromisoformat(manifest.created).timestamp(), manifest.step
@@ -211,9 +211,7 @@ def newest_complete(
     checksums: verify the checksums too; reads the whole checkpoint.
     """
     for path in sorted(checkpoints_in(folder), key=age_key, reverse=True):
-        reason = incomplete(path)
-        if not reason and checksums and not is_before_manifests(path):
-            reason = "; ".join(verify(path))
+        reason = problem(path, checksums=checksums)
         if not reason:
             return path
         if skipped is not None:

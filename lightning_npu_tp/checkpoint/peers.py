@@ -50,17 +50,17 @@ class Peers:
 
     @property
     def rank(self) -> int:
-        """This process's rank."""
+        """This process's rank in the group; 0 without one."""
         return dist.get_rank(self.group) if self.together else 0
 
     @property
     def world(self) -> int:
-        """Number of ranks."""
+        """Number of ranks in the group; 1 without one."""
         return dist.get_world_size(self.group) if self.together else 1
 
     @property
     def is_main(self) -> bool:
-        """Whether this rank does what is done once."""
+        """Whether this is rank 0, which does what is done once."""
         return self.rank == 0
 
     @contextmanager
@@ -75,7 +75,7 @@ class Peers:
             yield
 
     def gather(self, value: T) -> list[T]:
-        """Everybody's value, on every rank."""
+        """Every rank's `value`, in the order of ranks, on every rank."""
         if self.world == 1:
             return [value]
         values: list[Any] = [None] * self.world

@@ -65,7 +65,7 @@ _INDEX_MODULES = {
 def open_checkpoint(path: Path, peers: Peers, *, checksums: bool) -> tuple[Path, Manifest | None]:
     """Make sure that a checkpoint is complete and undamaged; every rank calls it.
 
-    Returns where it lies (a save that died may have moved it aside) and its manifest, None for one file or a folder
+    Returns where it lies (a save that died may have moved it aside) and its manifest, None for a file and for a folder
     from before manifests. checksums: read every file once, the ranks share the work.
     Raises the same CheckpointError on every rank.
     """
@@ -135,7 +135,7 @@ def read_object(path: Path, weights_only: bool | None) -> Any:
 
 
 def read_rest(path: Path, weights_only: bool | None) -> dict[str, Any]:
-    """What a folder holds besides tensors."""
+    """What a checkpoint folder holds besides tensors: its meta.pt."""
     return read_object(path / REST_FILE, weights_only)
 
 

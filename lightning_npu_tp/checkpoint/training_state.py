@@ -1,8 +1,8 @@
 """A trainer's state as a checkpoint holds it: tensors by name in shards, one file for the rest, one for each rank.
 
-Sharded: a folder in Lightning's layout, so that Lightning's consolidation script reads it. Full: one file that rank 0
-writes with everything gathered. Both load into any layout, since DCP and the full tensors are cut anew by whoever
-loads. How files get to disk whole is writer.py's, how they are read safely reader.py's.
+It is a folder in Lightning's layout, so that Lightning's consolidation script makes one file of it. That file, and one
+of plain Lightning, is read too. Both load into any layout, since whoever loads cuts the tensors anew. How files get to
+disk whole is writer.py's, how they are read safely reader.py's.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -26,6 +25,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_npu_tp.checkpoint import reader, writer
+from lightning_npu_tp.checkpoint.identity import misfits
 from lightning_npu_tp.checkpoint.manifest import Manifest
 from lightning_npu_tp.checkpoint.peers import Peers
 from lightning_npu_tp.errors import CheckpointError
@@ -51,15 +51,14 @@ def plain(value: Any) -> Any:
     return value
 
 
-def model_state(model: nn.Module, *, full: bool) -> dict[str, Any]:
-    """Parameters and buffers by name: shards, or whole tensors on rank 0 (elsewhere nothing)."""
-    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=full, cpu_offload=True))
+def model_state(model: nn.Module) -> dict[str, Any]:
+    """This rank's shards of parameters and buffers, by name, on the CPU."""
+    return get_model_state_dict(model, options=StateDictOptions(cpu_offload=True))
 
 
-def optimizer_state(model: nn.Module, optimizer: Optimizer, *, full: bool) -> dict[str, Any]:
-    """Optimizer state keyed by parameter name, shards or whole."""
-    options = StateDictOptions(full_state_dict=full, cpu_offload=True)
-    return get_optimizer_state_dict(model, optimizer, options=options)
+def optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+    """This rank's shards of an optimizer's state, by parameter name, on the CPU."""
+    return get_optimizer_state_dict(model, optimizer, options=StateDictOptions(cpu_offload=True))
 
 
 def split(checkpoint: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -109,7 +108,7 @@ def load(
     peers: Peers | None = None,
     checksums: bool = True,
 ) -> dict[str, Any]:
-    """Load either kind into the model and the optimizers, in place; every rank calls it.
+    """Load a folder or a file into the model and the optimizers, in place; every rank calls it.
 
     Returns the remaining state. Raises CheckpointError for a path that is neither, for a damaged or incomplete
     checkpoint, for parameters that are missing or of another shape, and for content that could run code.
@@ -132,12 +131,12 @@ def load_tensors(
 ) -> None:
     """Load the weights, and the states of `optimizers`, from an opened checkpoint.
 
-    state: what the checkpoint's one file, or meta.pt, holds; tensors are taken out of it.
+    state: what the file, or the folder's meta.pt, holds; the weights are taken out of it.
     """
     if path.is_file():
-        _load_full(path, state, model, optimizers, strict=strict)
+        _load_file(path, state, model, optimizers, strict=strict)
     else:
-        _load_sharded(path, model, optimizers, strict=strict, peers=peers)
+        _load_folder(path, model, optimizers, strict=strict, peers=peers)
 
 
 def without_progress(state: dict[str, Any], datamodule: object | None) -> dict[str, Any]:
@@ -147,11 +146,11 @@ def without_progress(state: dict[str, Any], datamodule: object | None) -> dict[s
     return {name: value for name, value in state.items() if name not in dropped} | {"lr_schedulers": []}
 
 
-def _load_sharded(path: Path, model: nn.Module, optimizers: Sequence[Optimizer], *, strict: bool, peers: Peers) -> None:
+def _load_folder(path: Path, model: nn.Module, optimizers: Sequence[Optimizer], *, strict: bool, peers: Peers) -> None:
     metadata = reader.read_index(path)
     state = get_model_state_dict(model)
     stored = metadata.state_dict_metadata
-    _check_names(path, state, {name.removeprefix(f"{_MODEL_KEY}."): meta for name, meta in stored.items()}, strict)
+    _require_fit(path, state, {name.removeprefix(f"{_MODEL_KEY}."): meta for name, meta in stored.items()}, strict)
     for index, _ in enumerate(optimizers):
         if not any(name.startswith(f"optimizer_{index}.") for name in stored):
             raise CheckpointError(f"The checkpoint {path} holds no state of optimizer {index}. {_WEIGHTS_ONLY}")
@@ -170,16 +169,21 @@ _WEIGHTS_ONLY = (
 )
 
 
-def _load_full(
+def _load_file(
     path: Path, checkpoint: dict[str, Any], model: nn.Module, optimizers: Sequence[Optimizer], *, strict: bool
 ) -> None:
     if "state_dict" not in checkpoint:
         raise CheckpointError(f"{path} is no training checkpoint: it has no 'state_dict'.")
     weights = checkpoint.pop("state_dict")
-    _check_names(path, model.state_dict(), weights, strict)
+    _require_fit(path, model.state_dict(), weights, strict)
     states = checkpoint.get("optimizer_states", [])
     if len(states) < len(optimizers):
         raise CheckpointError(f"The checkpoint {path} holds no state of optimizer {len(states)}. {_WEIGHTS_ONLY}")
+    if any(isinstance(name, int) for state in states[: len(optimizers)] for name in state["state"]):
+        raise CheckpointError(
+            f"The optimizer states in {path}, a file of plain Lightning, say the numbers of their parameters and not "
+            f"the names, and a sharded model may have another order. {_WEIGHTS_ONLY}"
+        )
     set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, strict=strict))
     for optimizer, state in zip(optimizers, states, strict=False):
         if state["state"]:
@@ -190,19 +194,15 @@ def _load_full(
             group.update({name: value for name, value in stored.items() if name != "params"})
 
 
-def _check_names(path: Path, wanted: dict[str, Any], stored: dict[str, Any], strict: bool) -> None:
-    problems = []
-    for name, value in wanted.items():
-        if name not in stored:
-            if strict:
-                problems.append(f"{name} is missing")
-            continue
-        have = getattr(stored[name], "size", None)
-        have = have() if callable(have) else have
-        if have is not None and isinstance(value, torch.Tensor) and tuple(have) != tuple(value.shape):
-            problems.append(f"{name} has shape {tuple(have)} instead of {tuple(value.shape)}")
-    if problems:
-        shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+def _require_fit(path: Path, wanted: dict[str, Any], stored: dict[str, Any], strict: bool) -> None:
+    shapes = {name: _shape(value) for name, value in wanted.items() if strict or name in stored}
+    if misfit := misfits(shapes, {name: _shape(value) for name, value in stored.items()}):
         raise CheckpointError(
-            f"The checkpoint {path} does not fit the model: {shown}. Load it with the model config it was saved with."
+            f"The checkpoint {path} does not fit the model: {misfit}. Load it with the model config it was saved with."
         )
+
+
+def _shape(value: Any) -> tuple[int, ...] | None:
+    """Global shape of a tensor, or of one that an index describes; None for anything else."""
+    size = value.size() if isinstance(value, Tensor) else getattr(value, "size", None)
+    return None if size is None else tuple(size)

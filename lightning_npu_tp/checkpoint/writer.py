@@ -13,10 +13,9 @@ import os
 import shutil
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
 from functools import partial as bind
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any, cast
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -41,14 +40,11 @@ from lightning_npu_tp.checkpoint.files import (
 from lightning_npu_tp.checkpoint.locks import hold, holder_of, lock_file
 from lightning_npu_tp.checkpoint.manifest import MANIFEST_FILE, REST_FILE, Manifest
 from lightning_npu_tp.checkpoint.peers import PeerFailure, Peers
-from lightning_npu_tp.checkpoint.single_file import SealingStream
 from lightning_npu_tp.devices.fault_text import explain
 from lightning_npu_tp.errors import CheckpointError
 
 # What torch.save and the index add to a tensor's own bytes.
 _BYTES_PER_ENTRY = 2048
-# In a one-file checkpoint, beside Lightning's own keys.
-OWN_KEY = "lightning_npu_tp"
 
 
 def rank_file(rank: int) -> str:
@@ -57,7 +53,7 @@ def rank_file(rank: int) -> str:
 
 
 def serialized(value: Any) -> bytes:
-    """What torch.save makes of it."""
+    """The bytes of the file that torch.save makes of `value`."""
     buffer = io.BytesIO()
     torch.save(value, buffer)
     return buffer.getvalue()
@@ -82,7 +78,7 @@ def save_folder(
     Raises the same CheckpointError on every rank.
     """
     needed = bytes_needed(tensors) + len(rest) + peers.world * len(rank_state)
-    with _making(path, needed, peers, folder=True) as partial:
+    with _making(path, needed, peers) as partial:
         parts = peers.each(bind(_write_part, tensors, rest, rank_state, partial, peers))
         if None in parts:
             # Unheard of: torch says that a rank failed, and that rank does not know of it.
@@ -90,26 +86,13 @@ def save_folder(
         peers.main(bind(_complete, partial, path, manifest, cast("list[dict[str, Any]]", parts)))
 
 
-def save_file(checkpoint: dict[str, Any], rank_state: Any, path: Path, manifest: Manifest, peers: Peers) -> None:
-    """Write everything into one file; every rank calls it.
-
-    checkpoint: gathered states, on rank 0; plain Lightning loads the file.
-    rank_state: picklable state of this rank.
-    Raises the same CheckpointError on every rank.
-    """
-    ranks = peers.gather(rank_state)
-    whole = checkpoint | {OWN_KEY: {"manifest": asdict(manifest), "ranks": ranks}}
-    with _making(path, bytes_needed(whole), peers, folder=False) as partial:
-        peers.main(bind(_write_file, whole, partial, path))
-
-
 @contextmanager
-def _making(path: Path, needed: int, peers: Peers, *, folder: bool) -> Generator[Path]:
-    """A temporary name to write to, under the lock of `path`; cleared, and explained, if the writing fails."""
+def _making(path: Path, needed: int, peers: Peers) -> Generator[Path]:
+    """A temporary folder to write into, under the lock of `path`; cleared, and explained, if the writing fails."""
     with ExitStack() as on_main:
         partial: Path | None = None
         try:
-            partial = peers.main(bind(_prepare, path, needed, on_main, folder=folder))
+            partial = peers.main(bind(_prepare, path, needed, on_main))
             yield partial
         except PeerFailure as failure:
             free = peers.gather(_give_up(path, partial) if peers.is_main else 0)[0]
@@ -128,16 +111,12 @@ def _making(path: Path, needed: int, peers: Peers, *, folder: bool) -> Generator
             ) from None
 
 
-def _prepare(path: Path, needed: int, stack: ExitStack, *, folder: bool) -> Path:
-    """Rank 0: lock the name, clear what dead writers left, look at the room; returns the temporary name."""
-    if folder and path.is_file():
+def _prepare(path: Path, needed: int, stack: ExitStack) -> Path:
+    """Rank 0: lock the name, clear what dead writers left, look at the room; returns the temporary folder."""
+    if path.is_file():
         raise CheckpointError(
             f"The checkpoint folder {path} cannot be made: a file of that name exists. Choose another name, or move "
             f"the file away."
-        )
-    if not folder and path.is_dir() and not path.is_symlink():
-        raise CheckpointError(
-            f"The checkpoint file {path} cannot be written: it is a folder. Choose another name, or remove the folder."
         )
     path.parent.mkdir(parents=True, exist_ok=True)
     stack.enter_context(hold(path, "saving"))
@@ -150,8 +129,7 @@ def _prepare(path: Path, needed: int, stack: ExitStack, *, folder: bool) -> Path
             f"folder; with strategy.on_save_error=continue a run goes on without."
         )
     partial = beside(path, PARTIAL)
-    if folder:
-        partial.mkdir()
+    partial.mkdir()
     return partial
 
 
@@ -220,23 +198,8 @@ def _complete(partial: Path, path: Path, manifest: Manifest, parts: list[dict[st
     replace_whole(partial, path)
 
 
-def _write_file(checkpoint: dict[str, Any], partial: Path, path: Path) -> None:
-    written = Written()
-    try:
-        with written.open(partial) as stream:
-            sealing = SealingStream(stream)
-            torch.save(checkpoint, cast("IO[bytes]", sealing))
-            sealing.seal()
-    except RuntimeError:
-        # torch says that a write failed, not why.
-        if written.failure is not None:
-            raise written.failure from None
-        raise
-    replace_whole(partial, path)
-
-
 class _CheckedFileSystem(FileSystem):
-    """Writes through `Written`."""
+    """torch's file system, writing through `Written`."""
 
     def __init__(self, written: Written) -> None:
         self._written = written

@@ -58,11 +58,6 @@ class _Regions:
     def give_back(self, region: mmap.mmap) -> None:
         self._returned.append(region)
 
-    @property
-    def mapped_bytes(self) -> int:
-        """Bytes held, in use or free."""
-        return self._used_bytes + sum(map(len, self._free))
-
 
 _REGIONS = _Regions()
 

@@ -25,7 +25,7 @@ from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from typing_extensions import override
 
-from lightning_npu_tp.checkpoint.resume import asked_for
+from lightning_npu_tp.checkpoint.choose import asked_for
 from lightning_npu_tp.devices.launch_queue import heard_of_launch_queue
 from lightning_npu_tp.errors import ConfigError
 from lightning_npu_tp.launch.child_process import ChildProcess, parent_channel

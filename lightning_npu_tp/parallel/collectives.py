@@ -3,7 +3,7 @@
 The two that frame every tensor-parallel region are conjugates: `copy_to_group` enters (identity
 forward, all-reduce backward) and `reduce_from_group` leaves (all-reduce forward, identity
 backward). Leaving out the first gives a right loss with wrong gradients, so the region's input goes
-through it exactly once. `exchange_rows` moves rows between expert ranks.
+through it exactly once. `start_exchange` moves rows between expert ranks.
 
 Nothing here reads a tensor on the host: sizes come from shapes or are handed in as Python lists.
 """
@@ -220,10 +220,3 @@ def start_exchange(
         return Arriving(rows_ND.clone(), None)
     transfer = _Transfer(send, recv, group)  # type: ignore[arg-type]
     return Arriving(_StartExchange.apply(rows_ND, transfer), transfer)
-
-
-def exchange_rows(
-    rows_ND: Tensor, send_rows: Sequence[int], recv_rows: Sequence[int], group: dist.ProcessGroup | None
-) -> Tensor:
-    """`start_exchange` and `wait` in one."""
-    return start_exchange(rows_ND, send_rows, recv_rows, group).wait()

@@ -1,7 +1,7 @@
 """The strategy's part in checkpoints: what Lightning calls to save, load and remove them.
 
-Collects what a checkpoint needs from trainer and module and hands it to the files of this folder. Which checkpoint a
-run resumes from is chosen elsewhere (resume.py).
+Collects what a checkpoint needs from trainer and module and hands it to the files of checkpoint/; there choose.py says
+which checkpoint a run resumes from.
 """
 
 from __future__ import annotations
@@ -9,12 +9,10 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from copy import deepcopy
-from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import lightning
 import torch.distributed as dist
@@ -27,7 +25,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_npu_tp.checkpoint import identity, rank_state, reader, resume, training_state, writer
+from lightning_npu_tp.checkpoint import choose, identity, rank_state, reader, training_state, writer
 from lightning_npu_tp.checkpoint.deferred import Postponed, goes_on, step_is_half_made
 from lightning_npu_tp.checkpoint.manifest import Manifest
 from lightning_npu_tp.checkpoint.peers import PeerFailure, Peers
@@ -35,47 +33,18 @@ from lightning_npu_tp.checkpoint.saves import Saves
 from lightning_npu_tp.devices.device import NPU
 from lightning_npu_tp.devices.fault_text import explain
 from lightning_npu_tp.devices.launch_queue import require_launch_queue
-from lightning_npu_tp.errors import CheckpointError, ConfigError
+from lightning_npu_tp.errors import CheckpointError
 from lightning_npu_tp.launch.preemption import Preemption
 from lightning_npu_tp.launch.signals import TERMINATED
 from lightning_npu_tp.models.families.family import ModelFamily
 from lightning_npu_tp.models.families.registry import FAMILIES
 from lightning_npu_tp.parallel.layout import Layout
+from lightning_npu_tp.trainer.checkpoint_settings import CheckpointSettings
+from lightning_npu_tp.trainer.resume import Resume
 from lightning_npu_tp.weights.load import leave_to_checkpoint
 
 # Found by ckpt_path="auto", as it is the newest.
 PREEMPTED = "preempted.ckpt"
-
-OnSaveError = Literal["stop", "continue"]
-
-
-@dataclass(frozen=True)
-class CheckpointSettings:
-    """The strategy's arguments about checkpoints; see there.
-
-    Raises ConfigError for an `on_save_error` that does not exist and a time that is none.
-    """
-
-    sharded: bool = True
-    trusted: bool | None = None
-    async_save: bool = False
-    on_save_error: OnSaveError = "stop"
-    verify: bool = True
-    resume_weights_only: bool = False
-    allow_other_tokenizer: bool = False
-    save_on_sigterm: bool = True
-    sigterm_grace_s: float = 60.0
-
-    def __post_init__(self) -> None:
-        if self.on_save_error not in get_args(OnSaveError):
-            raise ConfigError(
-                f"on_save_error={self.on_save_error!r} does not exist. Set strategy.on_save_error to stop or continue."
-            )
-        if not self.sigterm_grace_s > 0:
-            raise ConfigError(
-                f"sigterm_grace_s={self.sigterm_grace_s} is not a positive number of seconds. Set "
-                f"strategy.sigterm_grace_s, or strategy.save_on_sigterm=false."
-            )
 
 
 class CheckpointHooks(ParallelStrategy):
@@ -87,18 +56,12 @@ class CheckpointHooks(ParallelStrategy):
     asked_checkpoint: str | None = None
     # What "auto" has found, once it has looked.
     _found: tuple[Path | None] | None = None
-    # A resumed run's generators, until its first batch.
-    resumed_state: dict[str, Any] | None = None
-    # What the first batch of an epoch is to find instead of what there is; loops.py sets it.
-    state_of_first_batch: dict[str, Any] | None = None
-    # While a validation runs inside of training: the generators that training goes on with; loops.py sets it.
-    state_of_training: dict[str, Any] | None = None
     _families: Sequence[ModelFamily]
     _timeout: timedelta
 
     @property
     def layout(self) -> Layout:
-        """Sizes of this run's axes."""
+        """Sizes of this run's axes data, tensor and expert."""
         raise NotImplementedError
 
     @property
@@ -113,6 +76,8 @@ class CheckpointHooks(ParallelStrategy):
         self._checkpoints = settings
         self._saves = Saves(stop=settings.on_save_error == "stop")
         self._postponed = Postponed()
+        # A fit's own; `setup` makes it and gives it to the loops.
+        self._resume = Resume()
         # Collectives of a save in the background must not mix with those of training.
         self._save_group: dist.ProcessGroup | None = None
 
@@ -125,19 +90,19 @@ class CheckpointHooks(ParallelStrategy):
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Shards, or everything on rank 0."""
+        """This rank's shards of the module's parameters and buffers, by name."""
         # Lightning collects this first: host memory then never holds two checkpoints.
         self.wait_for_checkpoints()
         with self.process_group():
-            return training_state.model_state(self._module, full=not self._checkpoints.sharded)
+            return training_state.model_state(self._module)
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """State by parameter name, shards, or everything on rank 0."""
+        """This rank's shards of an optimizer's state, by parameter name."""
         if isinstance(optimizer, LightningOptimizer):
             optimizer = optimizer.optimizer
         with self.process_group():
-            return training_state.optimizer_state(self._module, optimizer, full=not self._checkpoints.sharded)
+            return training_state.optimizer_state(self._module, optimizer)
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
@@ -180,21 +145,14 @@ class CheckpointHooks(ParallelStrategy):
         module = self._module
         manifest = identity.manifest_of(module.trainer, module, self.layout, self._known_families, checkpoint)
         own = rank_state.collect_rank_state(module.trainer)
-        if self.state_of_training is not None:
-            own["random"] = self.state_of_training["random"]
+        if self._resume.validating is not None:
+            own["random"] = self._resume.validating["random"]
         if copy:
             checkpoint = checkpoint | {
                 name: training_state.detached(checkpoint[name], module, self.optimizers)
                 for name in ("state_dict", "optimizer_states")
                 if name in checkpoint
             }
-        if not self._checkpoints.sharded:
-            whole = training_state.plain(checkpoint)
-            if copy:
-                # What callbacks and loops hand over is their own, and goes on changing.
-                tensors = {name: whole.pop(name) for name in ("state_dict", "optimizer_states") if name in whole}
-                whole = deepcopy(whole) | tensors
-            return partial(writer.save_file, whole, own, path, manifest, peers)
         tensors, rest = training_state.split(checkpoint)
         content = writer.serialized(rest) if self.is_global_zero else b""
         return partial(writer.save_folder, tensors, content, writer.serialized(own), path, manifest, peers)
@@ -221,7 +179,7 @@ class CheckpointHooks(ParallelStrategy):
         """What a SIGTERM of the running trainer call is to be told; None where there is nothing to save, or nowhere."""
         self._preemption = None
         trainer = self._module.trainer
-        if trainer.state.fn == TrainerFn.FITTING and self._checkpoints.save_on_sigterm and resume.folders_of(trainer):
+        if trainer.state.fn == TrainerFn.FITTING and self._checkpoints.save_on_sigterm and choose.folders_of(trainer):
             self._preemption = Preemption()
         return self._preemption
 
@@ -243,7 +201,7 @@ class CheckpointHooks(ParallelStrategy):
         trainer = self._module.trainer
         if self._preemption is None or not self._preemption.due(trainer.global_step):
             return
-        path = resume.folders_of(trainer)[0] / PREEMPTED
+        path = choose.folders_of(trainer)[0] / PREEMPTED
         rank_zero_info(f"Asked to end by SIGTERM after step {trainer.global_step}: saving {path}.")
         try:
             trainer.save_checkpoint(path)
@@ -288,13 +246,13 @@ class CheckpointHooks(ParallelStrategy):
     @property
     @override
     def restore_checkpoint_after_setup(self) -> bool:
-        """The shards exist after setup."""
+        """True: the shards that a checkpoint is loaded into exist after setup only."""
         return True
 
     @property
     @override
     def lightning_restore_optimizer(self) -> bool:
-        """`load_checkpoint` has done it."""
+        """False: `load_checkpoint` loads the optimizers' states."""
         return False
 
     @override
@@ -305,13 +263,13 @@ class CheckpointHooks(ParallelStrategy):
         """
         peers, settings = Peers(), self._checkpoints
         asked, self.asked_checkpoint = self.asked_checkpoint, None
-        word = asked if asked in (resume.AUTO, resume.LAST, resume.BEST) else None
+        word = asked if asked in (choose.AUTO, choose.LAST, choose.BEST) else None
         if word is not None:
             chosen = self._chosen(word, Path(checkpoint_path), peers)
             if chosen is None:
                 # What Lightning would say that it restored.
                 self._module.trainer.ckpt_path = None
-                return resume.Nothing({"pytorch-lightning_version": lightning.__version__})
+                return choose.Nothing({"pytorch-lightning_version": lightning.__version__})
             checkpoint_path = chosen
         path, manifest = reader.open_checkpoint(
             # Rank 0 has compared the checksums of what it chose.
@@ -322,9 +280,6 @@ class CheckpointHooks(ParallelStrategy):
         # Lightning drops fit(weights_only=…) on this path, so the strategy has a setting of its own.
         trusted = settings.trusted if weights_only is None else weights_only
         state = reader.read_object(path, trusted) if path.is_file() else reader.read_rest(path, trusted)
-        own = state.pop(writer.OWN_KEY, None)
-        if own is not None:
-            manifest = Manifest.from_values(own["manifest"])
         trainer = self._module.trainer
         if manifest is not None:
             current = identity.manifest_of(trainer, self._module, self.layout, self._known_families, {})
@@ -342,7 +297,7 @@ class CheckpointHooks(ParallelStrategy):
             rank_zero_info(f"Starting anew from the weights of {path} (strategy.resume_weights_only).")
             return training_state.without_progress(state, getattr(trainer, "datamodule", None))
         if resumes and manifest is not None:
-            self._restore_rank_state(path, manifest, None if own is None else own["ranks"], trusted, state)
+            self._restore_rank_state(path, manifest, trusted, state)
         return state
 
     def leave_weights_to_checkpoint(self) -> None:
@@ -353,11 +308,11 @@ class CheckpointHooks(ParallelStrategy):
         """
         asked, trainer = self.asked_checkpoint, self._module.trainer
         self._found = None
-        if asked in (None, resume.LAST) or not self._module.strict_loading:
+        if asked in (None, choose.LAST) or not self._module.strict_loading:
             return
-        if asked == resume.AUTO:
+        if asked == choose.AUTO:
             checksums = self._checkpoints.verify
-            found = Peers().main(lambda: resume.choose(trainer, resume.AUTO, Path(), checksums=checksums))
+            found = Peers().main(lambda: choose.choose(trainer, choose.AUTO, Path(), checksums=checksums))
             self._found = (found,)
             if found is None:
                 return
@@ -367,37 +322,31 @@ class CheckpointHooks(ParallelStrategy):
         """The checkpoint that auto, last or best means; rank 0 looks, its errors are raised on every rank."""
         trainer = self._module.trainer
         (found,) = self._found or (
-            peers.main(lambda: resume.choose(trainer, word, path, checksums=self._checkpoints.verify)),
+            peers.main(lambda: choose.choose(trainer, word, path, checksums=self._checkpoints.verify)),
         )
         self._found = None
-        if word == resume.AUTO:
+        if word == choose.AUTO:
             rank_zero_info("No complete checkpoint yet: starting anew." if found is None else f"Going on from {found}.")
         return found
 
     def _restore_rank_state(
-        self,
-        path: Path,
-        manifest: Manifest,
-        in_file: list[dict[str, Any]] | None,
-        trusted: bool | None,
-        checkpoint: dict[str, Any],
+        self, path: Path, manifest: Manifest, trusted: bool | None, checkpoint: dict[str, Any]
     ) -> None:
         """Give every rank what the rank of its number had saved, in the same layout; in another, what all had alike.
 
-        in_file:    the states of all ranks, from a one-file checkpoint.
         checkpoint: what Lightning goes on with; holds rank 0's positions of data loaders.
         """
         trainer = self._module.trainer
         current = {"data": self.layout.data, "tensor": self.layout.tensor, "expert": self.layout.expert}
 
         def read(rank: int) -> dict[str, Any]:
-            return in_file[rank] if in_file is not None else reader.read_object(path / writer.rank_file(rank), trusted)
+            return reader.read_object(path / writer.rank_file(rank), trusted)
 
         if manifest.layout == current:
             own = read(self.global_rank)
             rank_state.apply_rank_state(trainer, own)
             rank_state.use_own_loaders(checkpoint, own)
-            self.resumed_state = own
+            self._resume.inside = own
             return
         rank_state.use_common_loaders(checkpoint, [read(rank) for rank in range(manifest.world)])
         rank_zero_info(
@@ -407,21 +356,13 @@ class CheckpointHooks(ParallelStrategy):
 
     @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Let the first batch of a resumed run draw what it would have drawn.
-
-        Inside an epoch the loaders' iterators, which are made anew, drew random numbers that the uninterrupted run drew
-        earlier. At an epoch's beginning they are made in either run, and only what else drew is undone.
-        """
-        inside, first = self.resumed_state, self.state_of_first_batch
-        self.resumed_state = self.state_of_first_batch = None
-        state = inside if batch_idx > 0 else first
-        if state is not None:
-            rank_state.apply_rank_state(self._module.trainer, state)
+        """Let the first batch of a resumed run draw the random numbers that it would have drawn."""
+        self._resume.before_batch(self._module.trainer, batch_idx)
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Done by `load_checkpoint`."""
+        """Nothing: `load_checkpoint` has loaded the weights."""
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Done by `load_checkpoint`."""
+        """Nothing: `load_checkpoint` has loaded the optimizers' states."""

@@ -4,18 +4,16 @@ To learn of a SIGTERM, Lightning broadcasts a flag over all ranks before each ba
 drains an accelerator's queue. The launcher's signal watch ends all ranks by itself, so the flag has no reader here. And
 a validation does not change the random numbers of training.
 
-A checkpoint is taken in the middle of the end of a batch: the step is made, but its validation and the schedulers that
-look at it come after. Lightning forgets them when it resumes; here the checkpoint says what is left, and the resumed
-run begins with that. What callbacks do in hooks of that batch that come after the save is lost all the same.
+A resumed run begins with what the checkpoint says is left of its batch (resume.py). What callbacks do in hooks of that
+batch that come after the save is lost all the same.
 """
 
 from __future__ import annotations
 
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import Any
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.loops.loop import _Loop
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
@@ -23,18 +21,13 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_npu_tp.checkpoint.rank_state import apply_rank_state, collect_rank_state
-
-# What is left of the batch at which a checkpoint was taken: its validation and what follows, only what follows
-# (schedulers that look at metrics, counters), nothing.
-VALIDATION, END, NOTHING = "validation", "end", "nothing"
+from lightning_npu_tp.trainer.resume import END, NOTHING, VALIDATION, Resume, savers
 
 
 class TrainingEpochLoop(_TrainingEpochLoop):
     """Lightning's loop over the batches of an epoch; asks nobody for signals, and ends the batch of a checkpoint."""
 
-    # Of the checkpoint that is resumed from, until that is done; None without one, and for one that does not say.
-    left: str | None = None
-    _deferred: list[bool] | None = None
+    resume: Resume
     _batch_has_ended = True
 
     @override
@@ -50,7 +43,7 @@ class TrainingEpochLoop(_TrainingEpochLoop):
         if (left := self._left_now()) is not None:
             metrics = self.trainer.callback_metrics
             state["left"] = left
-            state["deferred"] = [one._defer_save_until_validation for one in _savers(self.trainer)]
+            state["deferred"] = [one._defer_save_until_validation for one in savers(self.trainer)]
             state["metrics"] = {name: value.detach().cpu().clone() for name, value in metrics.items()}
         return state
 
@@ -68,126 +61,93 @@ class TrainingEpochLoop(_TrainingEpochLoop):
 
     @override
     def on_load_checkpoint(self, state_dict: dict[str, Any]) -> None:
-        """Takes the same back; the progress of this loop has been loaded."""
+        """Take back what `on_save_checkpoint` gave; the progress of this loop has been loaded."""
         super().on_load_checkpoint(state_dict)
-        self.left = state_dict.get("left")
-        if self.left is None:
+        self.resume.left = state_dict.get("left")
+        if self.resume.left is None:
             return
         total: Any = self.batch_progress.total
         if total.completed < total.processed:
             # Lightning would end its epoch with it, too.
             self.batch_progress.increment_completed()
         device = self.trainer.strategy.root_device
-        self._deferred = state_dict["deferred"]
+        self.resume.deferred = state_dict["deferred"]
         metrics: dict[str, Tensor] = {name: value.to(device) for name, value in state_dict["metrics"].items()}
         self.trainer._logger_connector._callback_metrics.update(metrics)
-
-    @property
-    def has_something_left(self) -> bool:
-        """Whether the batch of the checkpoint is still to be ended."""
-        return self.left in (VALIDATION, END)
-
-    def tell_savers(self) -> None:
-        """Give ModelCheckpoint back what it does not save: for which step it has saved, or waits for a validation.
-
-        Otherwise it would save the step of the checkpoint once more, within the next one.
-        """
-        savers, deferred = _savers(self.trainer), self._deferred
-        self._deferred = None
-        if deferred is None:
-            return
-        for number, saver in enumerate(savers):
-            if len(deferred) == len(savers) and deferred[number]:
-                saver._defer_save_until_validation = True
-            elif saver._every_n_train_steps >= 1 and self.trainer.global_step % saver._every_n_train_steps == 0:
-                saver._last_global_step_saved = self.trainer.global_step
 
     # --- a batch -------------------------------------------------------------------------------
 
     @property
     @override
     def _is_validation_done(self) -> bool:
-        return super()._is_validation_done if self.left is None else not self.has_something_left
+        return super()._is_validation_done if self.resume.left is None else not self.resume.batch_is_open
 
     @override
     def _should_check_val_fx(self, data_fetcher: Any) -> bool:
-        return super()._should_check_val_fx(data_fetcher) if self.left is None else self.left == VALIDATION
+        left = self.resume.left
+        return super()._should_check_val_fx(data_fetcher) if left is None else left == VALIDATION
 
     @override
     def _should_accumulate(self) -> bool:
         # A step was made at that batch, also where this run has another window.
-        return not self.has_something_left and super()._should_accumulate()
+        return not self.resume.batch_is_open and super()._should_accumulate()
 
     @override
     def run(self, data_fetcher: Any) -> None:
         """The batches of an epoch, or what is left of them."""
-        strategy: Any = self.trainer.strategy
-        if self.restarting and self.left is not None and getattr(strategy, "resumed_state", None) is not None:
+        if self.restarting and self.resume.left is not None and self.resume.inside is not None:
             # Making the loaders has drawn numbers.
-            apply_rank_state(self.trainer, strategy.resumed_state)
+            apply_rank_state(self.trainer, self.resume.inside)
         super().run(data_fetcher)
 
     @override
     def advance(self, data_fetcher: Any) -> None:
         """One batch, or the end of the one of the checkpoint."""
-        strategy: Any = self.trainer.strategy
-        if self.has_something_left:
+        if self.resume.batch_is_open:
             # Lightning would go on in the middle of a validation, whose metrics are not in the checkpoint.
             self.val_loop.restarting = False
             return
-        if self.left is not None:
+        if self.resume.left is not None:
             self.restarting = False
-            self.left = None
-        elif self.restarting and self._should_check_val_fx(data_fetcher) and hasattr(strategy, "state_of_first_batch"):
+            self.resume.left = None
+        elif self.restarting and self._should_check_val_fx(data_fetcher):
             # A checkpoint of before: Lightning winds the validation loop on, whose loaders draw random numbers.
-            strategy.state_of_first_batch = collect_rank_state(self.trainer)
+            self.resume.first = collect_rank_state(self.trainer)
         self._batch_has_ended = False
         super().advance(data_fetcher)
 
     @override
     def on_advance_end(self, data_fetcher: Any) -> None:
         """The end of a batch, with a validation where one is due; it leaves the generators of training as they are."""
-        strategy: Any = self.trainer.strategy
-        resumed, self._batch_has_ended = self.has_something_left, False
-        if self._should_check_val_fx(data_fetcher):
-            # A checkpoint that is saved meanwhile has these as well.
-            state = strategy.state_of_training = collect_rank_state(self.trainer)
-            try:
-                super().on_advance_end(data_fetcher)
-            finally:
-                strategy.state_of_training = None
-            apply_rank_state(self.trainer, state)
-        else:
+        resumed, self._batch_has_ended = self.resume.batch_is_open, False
+        validates = self._should_check_val_fx(data_fetcher)
+        with self.resume.validation(self.trainer) if validates else nullcontext():
             super().on_advance_end(data_fetcher)
         if resumed:
-            self.left = None
+            self.resume.left = None
             # From here on nothing tells the run from one that was never stopped: an epoch's end is a whole one.
             self.trainer.fit_loop._restarting = False
         self._batch_has_ended = True
-        after_step = getattr(strategy, "after_step", None)
-        if after_step is not None and not self._should_accumulate():
-            after_step()
-
-
-def _savers(trainer: Trainer) -> list[ModelCheckpoint]:
-    return [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
+        if not self._should_accumulate():
+            self.trainer.strategy.after_step()  # type: ignore[attr-defined]
 
 
 class FitLoop(_FitLoop):
     """Lightning's loop over epochs; ends the batch of the checkpoint even where no further step is to be made."""
 
+    resume: Resume
+
     @override
     def on_run_start(self) -> None:
-        """Before the first epoch."""
+        """Before the first epoch: give each ModelCheckpoint back what it does not save."""
         super().on_run_start()
-        if isinstance(self.epoch_loop, TrainingEpochLoop):
-            self.epoch_loop.tell_savers()
+        self.resume.tell_savers(self.trainer)
 
     @property
     @override
     def done(self) -> bool:
-        """Whether to leave the loop."""
-        return not getattr(self.epoch_loop, "has_something_left", False) and super().done
+        """Whether to leave the loop over epochs."""
+        return not self.resume.batch_is_open and super().done
 
     @override
     def run(self) -> None:
@@ -231,18 +191,24 @@ class FitLoop(_FitLoop):
         epoch: Any = self.epoch_progress.current
         inside = self.epoch_loop
         at_its_end = epoch.ready == epoch.processed == epoch.completed + 1 and inside.batch_progress.is_last_batch
-        if at_its_end and getattr(inside, "left", None) == NOTHING:
+        if at_its_end and self.resume.left == NOTHING:
             _Loop.restarting.fset(self, False)  # type: ignore[attr-defined]
 
 
-def use_quiet_epoch_loop(trainer: Trainer) -> None:
-    """Put this file's loops in the place of the trainer's own, with all their state; a loop of a user's stays."""
+def use_quiet_epoch_loop(trainer: Trainer, resume: Resume) -> None:
+    """Put this file's loops in the place of the trainer's own, with all their state; a loop of a user's stays.
+
+    resume: of the fit that begins.
+    """
     stock: Any = trainer.fit_loop
     if type(stock.epoch_loop) is _TrainingEpochLoop:
         # Progress, results and the validation loop: a trainer may have run before.
         stock.epoch_loop = _with_state_of(stock.epoch_loop, TrainingEpochLoop(trainer))
     if type(stock) is _FitLoop:
         trainer.fit_loop = _with_state_of(stock, FitLoop(trainer))
+    for loop in (trainer.fit_loop, trainer.fit_loop.epoch_loop):
+        if isinstance(loop, FitLoop | TrainingEpochLoop):
+            loop.resume = resume
 
 
 def _with_state_of(stock: Any, own: Any) -> Any:

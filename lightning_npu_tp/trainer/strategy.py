@@ -16,7 +16,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
-from typing import Any
+from typing import Any, Never
 
 import torch
 import torch.distributed as dist
@@ -59,12 +59,14 @@ from lightning_npu_tp.parallel.collectives import group_size
 from lightning_npu_tp.parallel.layout import Dispatch, Groups, Layout, Meshes, Size, resolve_dispatch
 from lightning_npu_tp.parallel.recompute import Recompute
 from lightning_npu_tp.trainer import module_setup
-from lightning_npu_tp.trainer.checkpoint_hooks import CheckpointHooks, CheckpointSettings, OnSaveError
+from lightning_npu_tp.trainer.checkpoint_hooks import CheckpointHooks
+from lightning_npu_tp.trainer.checkpoint_settings import CheckpointSettings, OnSaveError, refuse_removed
 from lightning_npu_tp.trainer.data_mean import reduce_over_data
 from lightning_npu_tp.trainer.even_batches import count_once
 from lightning_npu_tp.trainer.explain_device import may_hang
 from lightning_npu_tp.trainer.loops import evaluate_without_inference_mode, take_results_off, use_quiet_epoch_loop
 from lightning_npu_tp.trainer.precision import precision_dtype, rebuild_precision
+from lightning_npu_tp.trainer.resume import Resume
 from lightning_npu_tp.trainer.start_table import summary_table
 from lightning_npu_tp.trainer.teardown import close_all
 
@@ -93,7 +95,6 @@ class NPUTensorParallelStrategy(CheckpointHooks):
         kernels: overrides of the kernels chosen for the device, e.g. {"grouped_matmul": "reference"}.
         timeout_s: seconds until a collective, or the meeting of the ranks, gives up.
         hccl: settings applied to the environment before the process group exists.
-        save_distributed_checkpoint: a folder of shards (True) or one gathered file (False).
         checkpoint_weights_only: passed on when the trainer says nothing; False trusts the file.
         async_save: training waits for the copy to host memory only; writing goes on beside it.
         on_save_error: "stop" the run when a checkpoint cannot be saved, or "continue" with a warning.
@@ -127,7 +128,6 @@ class NPUTensorParallelStrategy(CheckpointHooks):
         kernels: Mapping[str, str | None] | None = None,
         timeout_s: float = 7200.0,
         hccl: HcclSettings | None = None,
-        save_distributed_checkpoint: bool = True,
         checkpoint_weights_only: bool | None = None,
         async_save: bool = False,
         on_save_error: OnSaveError = "stop",
@@ -140,7 +140,9 @@ class NPUTensorParallelStrategy(CheckpointHooks):
         cluster_environment: ClusterEnvironment | None = None,
         process_group_backend: str | None = None,
         precision_plugin: Precision | None = None,
+        **removed: Never,
     ) -> None:
+        refuse_removed(removed)
         super().__init__(
             accelerator=accelerator, cluster_environment=cluster_environment, precision_plugin=precision_plugin
         )
@@ -159,7 +161,6 @@ class NPUTensorParallelStrategy(CheckpointHooks):
         self._hccl_told: list[str] = []
         self._set_up_checkpoints(
             CheckpointSettings(
-                sharded=save_distributed_checkpoint,
                 trusted=checkpoint_weights_only,
                 async_save=async_save,
                 on_save_error=on_save_error,
@@ -391,7 +392,8 @@ class NPUTensorParallelStrategy(CheckpointHooks):
         self.setup_precision_plugin()
         if trainer.state.fn == TrainerFn.FITTING:
             _optimizers_to_device(self.optimizers, self.root_device)
-            use_quiet_epoch_loop(trainer)
+            self._resume = Resume()
+            use_quiet_epoch_loop(trainer, self._resume)
 
     def _convert_models(self, module: LightningModule) -> None:
         self._adopted = adopt(module, self.meshes)

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from lightning_npu_tp.checkpoint.identity import misfits
 from lightning_npu_tp.errors import CheckpointError, ConfigError
 from lightning_npu_tp.models.families.family import ModelFamily
 from lightning_npu_tp.models.families.registry import FAMILIES
@@ -58,7 +59,7 @@ class Outline:
     pieces: dict[str, list[Piece]] = field(repr=False, default_factory=dict)
 
     def left_out(self, names: Sequence[str]) -> list[str]:
-        """Those of the source's tensors that the folder does not hold."""
+        """Those of the source's tensors, by name, that the exported folder does not hold."""
         known = self.shapes.keys() | self.tied
         return [
             name for name in names if name.removeprefix(self.prefix) not in known or not name.startswith(self.prefix)
@@ -90,7 +91,11 @@ def outline(
     buffers = frozenset(state.keys() - every)
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items() if name in parameters or name in buffers}
     prefix = _prefix(available, next(iter(shapes))) if prefix is None else prefix
-    _check(available, {prefix + name: shape for name, shape in shapes.items()})
+    if misfit := misfits({prefix + name: shape for name, shape in shapes.items()}, available):
+        raise CheckpointError(
+            f"The checkpoint does not fit the model's config: {misfit}. Give the config that it was trained with, with "
+            f"--config."
+        )
     return Outline(
         config=config,
         class_name=type(model).__name__,
@@ -114,21 +119,6 @@ def _prefix(available: Mapping[str, Any], first: str) -> str:
     return found[0]
 
 
-def _check(available: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> None:
-    problems = [f"{name} is missing" for name in wanted if name not in available]
-    problems += [
-        f"{name} has shape {tuple(available[name])} instead of {shape}"
-        for name, shape in wanted.items()
-        if name in available and tuple(available[name]) != shape
-    ]
-    if problems:
-        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise CheckpointError(
-            f"The checkpoint does not fit the model's config: {'; '.join(problems[:5])}{more}. Give the config that it "
-            f"was trained with, with --config."
-        )
-
-
 def tokenizer_files(path: Path) -> list[Path]:
     """A tokenizer's files: of a folder, or of the folder of a tokenizer.json.
 
@@ -148,7 +138,7 @@ def tokenizer_files(path: Path) -> list[Path]:
 
 
 def write_side_files(folder: Path, plan: Outline, dtype: torch.dtype, tokenizer: Path | None) -> None:
-    """config.json, generation_config.json and the tokenizer's files."""
+    """Write config.json, generation_config.json and the tokenizer's files into `folder`."""
     config = copy.deepcopy(plan.config)
     config.dtype = str(dtype).removeprefix("torch.")
     config.architectures = [plan.class_name]

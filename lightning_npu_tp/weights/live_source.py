@@ -19,12 +19,13 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from lightning_npu_tp.errors import CheckpointError
 from lightning_npu_tp.models.file_names import Bounds, Piece
+from lightning_npu_tp.weights.sources import assembled
 
 T = TypeVar("T")
 
 
 class LiveSource:
-    """See sources.TensorSource; every rank makes one, rank 0 reads, the others serve.
+    """A module's weights as a `TensorSource`; every rank makes one, rank 0 reads, the others serve.
 
     module: its parameters are DTensors of any meshes, or plain and alike on all ranks.
     device: on which the process group moves tensors.
@@ -66,22 +67,14 @@ class LiveSource:
         return result
 
     def read(self, name: str, bounds: Bounds) -> Tensor:
-        """See TensorSource; rank 0, inside `run`."""
+        """The part of a tensor within `bounds`; for rank 0, inside of `run`."""
         if self._together:
             _tell((name, bounds))
-        found = torch.empty([stop - start for start, stop in bounds], dtype=self.dtypes[name])
-        covered = 0
-        for own, rank in self._owners[name].items():
-            overlap = Piece(name, (), own).overlap(bounds)
-            if overlap is None:
-                continue
-            inside, target = overlap
-            part = self._part(name, inside) if rank == 0 else self._receive(name, inside, rank)
-            found[tuple(slice(*pair) for pair in target)] = part
-            covered += part.numel()
-        if covered != found.numel():
-            raise CheckpointError(f"The ranks hold {covered} of {found.numel()} values of {name}.")
-        return found
+
+        def from_rank(rank: int, inside: Bounds) -> Tensor:
+            return self._part(name, inside) if rank == 0 else self._receive(name, inside, rank)
+
+        return assembled(name, bounds, self.dtypes[name], self._owners[name].items(), from_rank, whose="The ranks")
 
     def _part(self, name: str, inside: Bounds) -> Tensor:
         tensor = self._tensors[name]

@@ -96,7 +96,7 @@ class LoadReport:
     problem: str = ""
 
     def line(self) -> str:
-        """One line for the start of a run."""
+        """The report in one line, for the start of a run."""
         if self.left:
             return f"of the checkpoint; those of {self.folder} are not read" + (
                 " and do not fit" if self.problem else ""

@@ -54,7 +54,7 @@ class StoredTensor:
 
     @property
     def nbytes(self) -> int:
-        """Its bytes."""
+        """Bytes of the tensor's values."""
         return _numel(self.shape) * self.dtype.itemsize
 
 
@@ -230,7 +230,7 @@ class SliceReader:
         self._descriptor = -1
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file that is open, if one is."""
         if self._file is not None:
             os.close(self._descriptor)
             self._file = None

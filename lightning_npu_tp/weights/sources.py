@@ -8,14 +8,15 @@ shard's. The weights of a live run are a source too (live_source.py). Nothing is
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from math import prod
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.utils import _create_file_view
 
 from lightning_npu_tp.checkpoint.reader import read_index, read_object
@@ -24,6 +25,7 @@ from lightning_npu_tp.models.file_names import Bounds, Piece
 
 # As Lightning and training_state.py name the weights.
 _MODEL_KEY = "model."
+T = TypeVar("T")
 
 
 class TensorSource(Protocol):
@@ -47,13 +49,38 @@ class TensorSource(Protocol):
         ...
 
 
-def whole_bounds(shape: tuple[int, ...]) -> Bounds:
-    """Bounds of all of a tensor."""
-    return tuple((0, size) for size in shape)
+def assembled(
+    name: str,
+    bounds: Bounds,
+    dtype: torch.dtype,
+    parts: Iterable[tuple[Bounds, T]],
+    read: Callable[[T, Bounds], Tensor],
+    *,
+    whose: str,
+) -> Tensor:
+    """The part of a tensor within `bounds`, put together from parts that lie in different places; on the CPU.
+
+    parts: bounds of each part in the tensor, and what `read` needs to know of it.
+    read:  (that, bounds inside of the part) -> values; is called for the parts that are needed, in order.
+    whose: what the parts are, for the message.
+    Raises CheckpointError where the parts do not cover it.
+    """
+    found = torch.empty([stop - start for start, stop in bounds], dtype=dtype)
+    covered = 0
+    for own, where in parts:
+        if (overlap := Piece(name, (), own).overlap(bounds)) is None:
+            continue
+        inside, target = overlap
+        part = read(where, inside)
+        found[_slices(target)] = part
+        covered += part.numel()
+    if covered != found.numel():
+        raise CheckpointError(f"{whose} cover {covered} of {found.numel()} values of {name}.")
+    return found
 
 
 class FileSource:
-    """A checkpoint in one file; its tensors are mapped and not loaded."""
+    """A checkpoint file of plain Lightning; its tensors are mapped and not loaded."""
 
     def __init__(self, path: Path) -> None:
         try:
@@ -69,8 +96,8 @@ class FileSource:
         self.dtypes = {name: tensor.dtype for name, tensor in self._tensors.items()}
 
     def read(self, name: str, bounds: Bounds) -> Tensor:
-        """See TensorSource."""
-        return self._tensors[name][tuple(slice(*pair) for pair in bounds)]
+        """The part of a tensor within `bounds`; see `TensorSource.read`."""
+        return self._tensors[name][_slices(bounds)]
 
 
 class FolderSource:
@@ -89,27 +116,18 @@ class FolderSource:
         self.dtypes = {name: entry.properties.dtype for name, (_, entry) in self._tensors.items()}
 
     def read(self, name: str, bounds: Bounds) -> Tensor:
-        """See TensorSource. Raises CheckpointError where stored shards do not cover the part."""
+        """The part of a tensor within `bounds`. Raises CheckpointError where stored shards do not cover it."""
         full_name, entry = self._tensors[name]
-        found = torch.empty([stop - start for start, stop in bounds], dtype=self.dtypes[name])
-        covered = 0
-        for chunk in entry.chunks:
-            own = tuple((offset, offset + size) for offset, size in zip(chunk.offsets, chunk.sizes, strict=True))
-            overlap = Piece(name, tuple(chunk.sizes), own).overlap(bounds)
-            if overlap is None:
-                continue
-            inside, target = overlap
-            part = self._stored_part(MetadataIndex(full_name, chunk.offsets), tuple(chunk.sizes), inside)
-            found[tuple(slice(*pair) for pair in target)] = part
-            covered += part.numel()
-        if covered != found.numel():
-            raise CheckpointError(
-                f"{self._path}: the stored shards cover {covered} of {found.numel()} values of {name}."
-            )
-        return found
+        chunks = (
+            (tuple((first, first + size) for first, size in zip(chunk.offsets, chunk.sizes, strict=True)), chunk)
+            for chunk in entry.chunks
+        )
+        read = partial(self._stored_part, full_name)
+        return assembled(name, bounds, self.dtypes[name], chunks, read, whose=f"The shards of {self._path}")
 
-    def _stored_part(self, index: MetadataIndex, shape: tuple[int, ...], inside: Bounds) -> Tensor:
+    def _stored_part(self, full_name: str, chunk: ChunkStorageMetadata, inside: Bounds) -> Tensor:
         """A part of one stored shard, read from its bytes in the file."""
+        index, shape = MetadataIndex(full_name, chunk.offsets), tuple(chunk.sizes)
         info = self._stored[index]
         if Path(info.relative_path).name != info.relative_path:
             raise CheckpointError(f"{self._path}: the index points outside of the checkpoint: {info.relative_path}")
@@ -125,7 +143,7 @@ class FolderSource:
                 if not shard.is_contiguous() or not shape:
                     view.seek(0)
                     whole = torch.load(view, map_location="cpu", weights_only=True)
-                    return whole[tuple(slice(*pair) for pair in inside)]
+                    return whole[_slices(inside)]
                 return _read_rows(stream.fileno(), start + shard.storage_offset() * shard.itemsize, shard, inside)
         except (OSError, RuntimeError, EOFError, ValueError) as error:
             if isinstance(error, CheckpointError):

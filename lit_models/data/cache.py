@@ -10,28 +10,33 @@ Opening checks up to 4 GiB against the checksums, in blocks of 16 MiB; of larger
 from __future__ import annotations
 
 import errno
-import fcntl
-import json
 import os
 import shutil
-import socket
 import sys
 import time
-import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lightning_npu_tp.checkpoint.files import (
+    PARTIAL,
+    beside,
+    crc32_of,
+    delete,
+    fsync_file,
+    left_beside,
+    replace_whole,
+    sealed_json,
+    unsealed_json,
+)
+from lightning_npu_tp.checkpoint.locks import Holder, hold
 from lightning_npu_tp.errors import DataError
 
 _NOTES = "cache.json"
-_FORMAT = 1
+_FORMAT = 2
 _BLOCK = 2**24
 _MOST_BLOCKS = 256
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# What file systems without locks answer: then two processes may build at once, and the first to finish is kept.
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 def default_folder() -> Path:
@@ -52,60 +57,64 @@ def open_or_build(
     told = _open(target, quiet=True)
     if told is not None:
         return target, told
-    written: list[Path] = []
+    partial = beside(target, PARTIAL)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _lock(folder / f"{key}.lock"):
+        with hold(target, "building", waiting=_Patience()):
             told = _open(target)  # another process may have been faster
             if told is None:
-                told = _build(folder, key, build, written)
+                told = _build(target, partial, build)
     except OSError as error:
-        raise _refusal(error, folder, written, most_bytes) from error
+        raise _refusal(error, folder, partial, most_bytes) from error
     finally:
-        for path in written:
-            shutil.rmtree(path, ignore_errors=True)
+        delete(partial)
     return target, told
 
 
-def _build(folder: Path, key: str, build: Callable[[Path], dict[str, Any]], written: list[Path]) -> dict[str, Any]:
-    for left_over in folder.glob(f"{key}.partial-*"):
-        shutil.rmtree(left_over, ignore_errors=True)  # under the lock nobody else builds
-    partial = folder / f"{key}.partial-{socket.gethostname()}-{os.getpid()}"
-    written.append(partial)
+def _build(target: Path, partial: Path, build: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+    for left, name, _ in left_beside(target.parent):
+        if name == target.name:
+            delete(left)  # under the lock nobody else builds
     partial.mkdir()
     told = build(partial)
     files = {path.name: _checksums(path) for path in sorted(partial.iterdir())}
-    body = {"format": _FORMAT, "told": told, "files": files}
-    (partial / _NOTES).write_text(json.dumps({**body, "crc32": _crc_of(body)}))
+    (partial / _NOTES).write_bytes(sealed_json({"format": _FORMAT, "told": told, "files": files}))
     for path in partial.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    try:
-        partial.rename(folder / key)
-    except OSError:
-        if _open(folder / key) is None:  # without locks another one may have come first
-            raise
+        fsync_file(path)
+    replace_whole(partial, target)
     return told
 
 
+class _Patience:
+    """Says after five seconds, and every minute from then on, for whom this process waits."""
+
+    def __init__(self) -> None:
+        self._next_word = time.monotonic() + 5
+
+    def __call__(self, holder: Holder) -> None:
+        if time.monotonic() > self._next_word:
+            self._next_word += 60
+            text = f"Waiting for the token cache that process {holder.pid} on {holder.host} builds."
+            print(text, file=sys.stderr, flush=True)
+
+
 def _open(target: Path, *, quiet: bool = False) -> dict[str, Any] | None:
-    """What was told of a cache that is whole; None, and it is removed, where it is not."""
+    """What was told of a cache that is whole; None where it is not."""
     if not target.is_dir():
         return None
-    problem = _problem(target)
-    if problem is None:
-        return json.loads((target / _NOTES).read_text())["told"]
+    body: dict[str, Any] | str = _checked(target)
+    if isinstance(body, dict):
+        return body
     if not quiet:
-        print(f"The token cache {target} is damaged ({problem}) and is built anew.", file=sys.stderr, flush=True)
-        shutil.rmtree(target)
+        print(f"The token cache {target} is damaged ({body}) and is built anew.", file=sys.stderr, flush=True)
     return None
 
 
-def _problem(target: Path) -> str | None:
+def _checked(target: Path) -> dict[str, Any] | str:
+    """What was told of a cache, or what is wrong with it."""
     try:
-        body = json.loads((target / _NOTES).read_text())
-        crc = body.pop("crc32")
-        if crc != _crc_of(body) or body["format"] != _FORMAT:
+        body = unsealed_json((target / _NOTES).read_bytes())
+        if body is None or body["format"] != _FORMAT:
             return f"{_NOTES} does not fit its checksum"
         total = sum(len(file["blocks"]) for file in body["files"].values())
         step = max(1, -(-total // _MOST_BLOCKS))
@@ -113,60 +122,28 @@ def _problem(target: Path) -> str | None:
             path = target / name
             if path.stat().st_size != file["bytes"]:
                 return f"{name} has {path.stat().st_size} bytes instead of {file['bytes']}"
-            with path.open("rb") as stream:
-                for number in range(0, len(file["blocks"]), step):
-                    stream.seek(number * _BLOCK)
-                    if zlib.crc32(stream.read(_BLOCK)) != file["blocks"][number]:
-                        return f"{name} does not fit its checksum at byte {number * _BLOCK}"
+            for number in range(0, len(file["blocks"]), step):
+                if crc32_of(path, number * _BLOCK, _BLOCK) != file["blocks"][number]:
+                    return f"{name} does not fit its checksum at byte {number * _BLOCK}"
+        return body["told"]
     except OSError as error:
         return f"{Path(error.filename or target).name}: {error.strerror}"
     except (ValueError, KeyError, TypeError) as error:
         return f"{_NOTES} cannot be read: {error}"
-    return None
 
 
 def _checksums(path: Path) -> dict[str, Any]:
-    with path.open("rb") as stream:
-        blocks = [zlib.crc32(block) for block in iter(lambda: stream.read(_BLOCK), b"")]
-    return {"bytes": path.stat().st_size, "blocks": blocks}
+    size = path.stat().st_size
+    return {"bytes": size, "blocks": [crc32_of(path, first, _BLOCK) for first in range(0, size, _BLOCK)]}
 
 
-def _crc_of(body: dict[str, Any]) -> int:
-    return zlib.crc32(json.dumps(body, sort_keys=True).encode())
-
-
-@contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Hold the lock file, waiting for another process that does; the system frees it when its holder dies."""
-    with path.open("a+") as file:
-        next_word = time.monotonic() + 5
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError as error:
-                if error.errno in _NO_LOCKS:
-                    break
-                if error.errno not in (errno.EAGAIN, errno.EACCES):
-                    raise
-            if time.monotonic() > next_word:
-                file.seek(0)
-                print(f"Waiting for the token cache that {file.read() or 'another process'} builds.", file=sys.stderr)
-                next_word += 60
-            time.sleep(0.1)
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
-        yield
-
-
-def _refusal(error: OSError, folder: Path, written: list[Path], most_bytes: int | None) -> DataError:
+def _refusal(error: OSError, folder: Path, partial: Path, most_bytes: int | None) -> DataError:
     if error.errno not in _FULL:
         return DataError(
             f"The token cache cannot be written: {error.strerror}: {str(error.filename or folder)!r}. Set "
             "data.cache_dir to a folder that can be written, or to null to keep the tokens in memory."
         )
-    done = sum(path.stat().st_size for part in written for path in part.glob("*") if path.is_file())
+    done = sum(path.stat().st_size for path in partial.glob("*") if path.is_file())
     parent = next(place for place in (folder, *folder.parents) if place.exists())
     needed = "" if most_bytes is None else f" of at most {most_bytes:,}"
     return DataError(

@@ -1,4 +1,4 @@
-"""Checkpoints through the trainer, sharded and in one file.
+"""Checkpoints through the trainer.
 
 Catches a resume that does not continue where the run stopped, optimizer state that is lost or given to the wrong
 parameter, hyper-parameters that make a checkpoint unreadable, and a damaged or foreign checkpoint taken for a good one.
@@ -21,8 +21,8 @@ from lightning_npu_tp import NPUTensorParallelStrategy
 from lightning_npu_tp.errors import CheckpointError
 
 
-def strategy(full: bool) -> NPUTensorParallelStrategy:
-    return NPUTensorParallelStrategy(init_seed=0, save_distributed_checkpoint=not full)
+def strategy() -> NPUTensorParallelStrategy:
+    return NPUTensorParallelStrategy(init_seed=0)
 
 
 class Recorder(Module):
@@ -32,15 +32,15 @@ class Recorder(Module):
         self.weights = whole(self)
 
 
-def resumed(rank: int, world_size: int, folder: str, full: bool, optimizer: str) -> dict[str, Any]:
+def resumed(rank: int, world_size: int, folder: str, optimizer: str) -> dict[str, Any]:
     straight = Recorder(optimizer=optimizer)
-    trainer(strategy(full), max_epochs=2).fit(straight, data())
+    trainer(strategy(), max_epochs=2).fit(straight, data())
     first = Recorder(optimizer=optimizer)
-    run = trainer(strategy(full), max_epochs=1)
+    run = trainer(strategy(), max_epochs=1)
     run.fit(first, data())
     run.save_checkpoint(f"{folder}/half.ckpt")
     second = Recorder(optimizer=optimizer)
-    trainer(strategy(full), max_epochs=2).fit(second, data(), ckpt_path=f"{folder}/half.ckpt")
+    trainer(strategy(), max_epochs=2).fit(second, data(), ckpt_path=f"{folder}/half.ckpt")
     return {
         "straight": straight.losses,
         "resumed": first.losses + second.losses,
@@ -48,15 +48,13 @@ def resumed(rank: int, world_size: int, folder: str, full: bool, optimizer: str)
     }
 
 
-@pytest.mark.parametrize("full", [False, True], ids=["sharded", "one_file"])
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-def test_a_resumed_run_goes_on_bit_for_bit(on_ranks: Any, tmp_path: Path, full: bool, optimizer: str) -> None:
-    for result in on_ranks(resumed, WORLD, str(tmp_path), full, optimizer, backend=None):
+def test_a_resumed_run_goes_on_bit_for_bit(on_ranks: Any, tmp_path: Path, optimizer: str) -> None:
+    for result in on_ranks(resumed, WORLD, str(tmp_path), optimizer, backend=None):
         assert len(result["straight"]) == 8
         assert result["resumed"] == result["straight"]
         wanted, actual = result["weights"]
         assert all(torch.equal(actual[name], value) for name, value in wanted.items())
-    assert (tmp_path / "half.ckpt").is_file() == full
 
 
 class WithHyperparameters(Module):
@@ -70,26 +68,24 @@ class WithHyperparameters(Module):
 def hyperparameters(rank: int, world_size: int, folder: str) -> list[Any]:
     settings = OmegaConf.create({"deep": {"list": [1, "${deep.value}"], "value": 2}})
     kept = []
-    for full in (False, True):
-        path = f"{folder}/{full}"
-        run = trainer(strategy(full))
-        run.fit(WithHyperparameters(settings), data())
-        run.save_checkpoint(path)
-        again = trainer(strategy(full), max_epochs=2)
-        module = WithHyperparameters(settings)
-        module.on_load_checkpoint = lambda checkpoint: kept.append(checkpoint["hyper_parameters"])
-        again.fit(module, data(), ckpt_path=path)
+    run = trainer(strategy())
+    run.fit(WithHyperparameters(settings), data())
+    run.save_checkpoint(f"{folder}/a.ckpt")
+    again = trainer(strategy(), max_epochs=2)
+    module = WithHyperparameters(settings)
+    module.on_load_checkpoint = lambda checkpoint: kept.append(checkpoint["hyper_parameters"])
+    again.fit(module, data(), ckpt_path=f"{folder}/a.ckpt")
     return kept
 
 
 def test_configs_in_the_hyperparameters_are_stored_as_plain_containers(on_ranks: Any, tmp_path: Path) -> None:
     for kept in on_ranks(hyperparameters, WORLD, str(tmp_path), backend=None):
-        assert kept == [{"settings": {"deep": {"list": [1, 2], "value": 2}}}] * 2
+        assert kept == [{"settings": {"deep": {"list": [1, 2], "value": 2}}}]
         assert type(kept[0]["settings"]) is dict
 
 
 def damage(rank: int, world_size: int, folder: str) -> None:
-    run = trainer(strategy(False))
+    run = trainer(strategy())
     run.fit(Module(), data())
     run.save_checkpoint(f"{folder}/good")
     run.save_checkpoint(f"{folder}/weights", weights_only=True)
@@ -114,10 +110,10 @@ def damage(rank: int, world_size: int, folder: str) -> None:
         "weights": "holds no state of optimizer 0",
     }.items():
         with pytest.raises(CheckpointError, match=complaint):
-            trainer(strategy(False)).fit(Module(), data(), ckpt_path=f"{folder}/{name}")
+            trainer(strategy()).fit(Module(), data(), ckpt_path=f"{folder}/{name}")
     with pytest.raises(CheckpointError, match="head.weight is missing; head.bias is missing"):
-        trainer(strategy(False)).fit(Module(extra=True), data(), ckpt_path=f"{folder}/good")
-    trainer(strategy(False)).validate(Module(), data(), ckpt_path=f"{folder}/weights", verbose=False)
+        trainer(strategy()).fit(Module(extra=True), data(), ckpt_path=f"{folder}/good")
+    trainer(strategy()).validate(Module(), data(), ckpt_path=f"{folder}/weights", verbose=False)
     with pytest.raises(CheckpointError, match="a file of that name exists"):
         run.save_checkpoint(f"{folder}/other")
 
@@ -134,11 +130,11 @@ def test_a_checkpoint_that_cannot_be_loaded_says_why(on_ranks: Any, tmp_path: Pa
 
 
 def shape_mismatch(rank: int, world_size: int, folder: str, source: str) -> None:
-    run = trainer(strategy(False))
+    run = trainer(strategy())
     run.fit(Module(), data())
     run.save_checkpoint(f"{folder}/good")
     with pytest.raises(CheckpointError, match=r"lm_head.weight has shape \(128, 64\) instead of \(64, 64\)"):
-        trainer(strategy(False)).fit(Module(source), data(), ckpt_path=f"{folder}/good")
+        trainer(strategy()).fit(Module(source), data(), ckpt_path=f"{folder}/good")
 
 
 def test_a_checkpoint_of_another_size_is_named(on_ranks: Any, tmp_path: Path) -> None:

@@ -65,11 +65,10 @@ class SlowDisk(Callback):
         writer._write_part = self.write_part
 
 
-def background(rank: int, world_size: int, folder: str, full: bool) -> dict[str, Any]:
-    options = {"save_distributed_checkpoint": not full}
+def background(rank: int, world_size: int, folder: str) -> dict[str, Any]:
     for name, asynchronous in (("now", False), ("later", True)):
         disk = SlowDisk()
-        run = trainer(strategy(async_save=asynchronous, **options), callbacks=[disk] if asynchronous else [])
+        run = trainer(strategy(async_save=asynchronous), callbacks=[disk] if asynchronous else [])
 
         class Once(Callback):
             def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -77,29 +76,23 @@ def background(rank: int, world_size: int, folder: str, full: bool) -> dict[str,
                     trainer.save_checkpoint(f"{folder}/{name}.ckpt")
 
         run.callbacks.append(Once())
-        if asynchronous and full:
-            # One file is written by another function; there the copy is tested by the contents alone.
-            disk.gate.set()
         run.fit(Recorder(), data())
         last = disk.steps_in_flight
     again = {}
     for name in ("now", "later"):
         module = Recorder()
-        trainer(strategy(**options), max_epochs=1).fit(module, data(), ckpt_path=f"{folder}/{name}.ckpt")
+        trainer(strategy(), max_epochs=1).fit(module, data(), ckpt_path=f"{folder}/{name}.ckpt")
         again[name] = (module.losses, module.weights)
     return {"steps": last, **again}
 
 
-@pytest.mark.parametrize("full", [False, True], ids=["sharded", "one_file"])
-def test_a_save_in_the_background_holds_the_moment_it_was_asked_for(on_ranks: Any, tmp_path: Path, full: bool) -> None:
-    for result in on_ranks(background, WORLD, str(tmp_path), full, backend=None):
-        if not full:
-            assert result["steps"] == 3, "training waited for the disk"
+def test_a_save_in_the_background_holds_the_moment_it_was_asked_for(on_ranks: Any, tmp_path: Path) -> None:
+    for result in on_ranks(background, WORLD, str(tmp_path), backend=None):
+        assert result["steps"] == 3, "training waited for the disk"
         (losses, weights), (late_losses, late_weights) = result["now"], result["later"]
         assert len(losses) == 3 and late_losses == losses
         assert all(torch.equal(late_weights[name], value) for name, value in weights.items())
-    if not full:
-        assert verify(tmp_path / "later.ckpt") == []
+    assert verify(tmp_path / "later.ckpt") == []
     assert names(tmp_path) == ["later.ckpt", "now.ckpt"]
 
 
@@ -359,9 +352,8 @@ class Drawing(Module):
         self.numbers = drawn()
 
 
-def generators(rank: int, world_size: int, folder: str, full: bool) -> Any:
-    options = {"save_distributed_checkpoint": not full}
-    run = trainer(strategy(**options))
+def generators(rank: int, world_size: int, folder: str) -> Any:
+    run = trainer(strategy())
     run.fit(Module(), data())
     torch.manual_seed(rank)
     random.seed(rank)
@@ -369,13 +361,12 @@ def generators(rank: int, world_size: int, folder: str, full: bool) -> Any:
     run.save_checkpoint(f"{folder}/a")
     wanted = drawn()
     module = Drawing()
-    trainer(strategy(**options), max_epochs=2).fit(module, data(), ckpt_path=f"{folder}/a")
+    trainer(strategy(), max_epochs=2).fit(module, data(), ckpt_path=f"{folder}/a")
     return wanted, module.numbers
 
 
-@pytest.mark.parametrize("full", [False, True], ids=["sharded", "one_file"])
-def test_every_rank_gets_its_own_random_generators_back(on_ranks: Any, tmp_path: Path, full: bool) -> None:
-    (first, first_again), (second, second_again) = on_ranks(generators, WORLD, str(tmp_path), full, backend=None)
+def test_every_rank_gets_its_own_random_generators_back(on_ranks: Any, tmp_path: Path) -> None:
+    (first, first_again), (second, second_again) = on_ranks(generators, WORLD, str(tmp_path), backend=None)
     assert first_again == first and second_again == second
     assert first != second
 

@@ -15,11 +15,11 @@ from lightning_npu_tp.errors import CountMismatch
 from lightning_npu_tp.parallel.collectives import (
     all_reduce_sum,
     copy_to_group,
-    exchange_rows,
     gather_last_dim,
     group_rank,
     group_size,
     reduce_from_group,
+    start_exchange,
 )
 from lightning_npu_tp.tools.testing.reference import assert_close_relative
 
@@ -138,24 +138,25 @@ def check_exchange(rank, world_size, counts):
     group = dist.group.WORLD
     send, recv = counts[rank], [counts[source][rank] for source in range(world_size)]
     labels = rows_of(counts, rank)
-    arrived = exchange_rows(labels, send, recv, group)
+    arrived = start_exchange(labels, send, recv, group).wait()
     expected = [(source, rank, nth) for source in range(world_size) for nth in range(counts[source][rank])]
     assert arrived.tolist() == [list(row) for row in expected]
 
     sixteen_bits = torch.randn(sum(send), 4, generator=generator(rank)).bfloat16()
-    there = exchange_rows(sixteen_bits, send, recv, group)
-    assert torch.equal(exchange_rows(there, recv, send, group), sixteen_bits), "there and back is bitwise"
+    there = start_exchange(sixteen_bits, send, recv, group).wait()
+    again = start_exchange(there, recv, send, group).wait()
+    assert torch.equal(again, sixteen_bits), "there and back is bitwise"
 
     rows = random(sum(send), 5, seed=40 + rank)
     weight = random(sum(recv), 5, seed=50 + rank)
 
     def loss_of(local):
-        received = exchange_rows(local, send, recv, group)
+        received = start_exchange(local, send, recv, group).wait()
         return all_reduce_sum((received.sin() * weight).sum().detach(), group)
 
     local = rows.clone().requires_grad_()
     # Not contiguous, as rows picked by a transpose would be.
-    received = exchange_rows(local.t().contiguous().t(), send, recv, group)
+    received = start_exchange(local.t().contiguous().t(), send, recv, group).wait()
     (received.sin() * weight).sum().backward()
 
     weights = [torch.empty(sum(counts[s][r] for s in range(world_size)), 5) for r in range(world_size)]
@@ -184,10 +185,10 @@ def check_mismatch(rank, world_size):
             ([1] * world_size, [-1] + [1] * (world_size - 1)),
         ):
             with pytest.raises(CountMismatch):
-                exchange_rows(rows, send, recv, group)
+                start_exchange(rows, send, recv, group).wait()
             refused += 1
     # Had rank 0 sent anything above, this exchange would meet it.
-    received = exchange_rows(rows, [1] * world_size, [1] * world_size, group)
+    received = start_exchange(rows, [1] * world_size, [1] * world_size, group).wait()
     assert received[:, 0].tolist() == [float(r) for r in range(world_size)]
     return refused
 
@@ -204,7 +205,7 @@ def check_part_of_the_world(rank, world_size):
     assert x.grad.tolist() == [2.0 * first + 3] * 2
     gathered = gather_last_dim(x.detach(), [2, 2], group)
     assert gathered.tolist() == [first, first, first + 1.0, first + 1.0]
-    arrived = exchange_rows(x.detach()[:, None], [0, 2], [0, 0] if rank % 2 == 0 else [2, 2], group)
+    arrived = start_exchange(x.detach()[:, None], [0, 2], [0, 0] if rank % 2 == 0 else [2, 2], group).wait()
     assert arrived.flatten().tolist() == ([] if rank % 2 == 0 else [first, first, first + 1.0, first + 1.0])
 
 

@@ -204,7 +204,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tensor": (2, {}),
     "data": (2, {"data_parallel_size": 2, "expert_parallel_size": 2}),
     "both": (4, {"data_parallel_size": 2, "expert_parallel_size": 4}),
-    "replicas": (4, {"data_parallel_size": 2, "save_distributed_checkpoint": False}),
+    "replicas": (4, {"data_parallel_size": 2}),
 }
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from lightning_npu_tp.devices.device import backend_for, torch_module
-from lightning_npu_tp.parallel.collectives import all_reduce_sum, exchange_rows, gather_last_dim
+from lightning_npu_tp.parallel.collectives import all_reduce_sum, gather_last_dim, start_exchange
 from lightning_npu_tp.parallel.layout import Layout, Meshes
 from lightning_npu_tp.parallel.sequence import join_slices, sum_to_slice
 
@@ -49,7 +49,7 @@ def collectives(rank: int, world_size: int, device_type: str) -> list[str]:
     send, receive = ([rank + other for other in range(world_size)] for _ in range(2))
     rows = torch.cat([torch.full((rank + other, 2), 10.0 * rank + other, device=device) for other in range(world_size)])
     results["uneven all-to-all"] = (
-        exchange_rows(rows, send, receive, group),
+        start_exchange(rows, send, receive, group).wait(),
         torch.cat([torch.full((rank + other, 2), 10.0 * other + rank) for other in range(world_size)]),
     )
     largest = torch.full((), float(rank), device=device)

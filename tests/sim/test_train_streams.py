@@ -47,7 +47,7 @@ def exchange(rank: int, world_size: int) -> dict[str, str]:
         receive = [300, 301] if rank == 0 else [200, 200]
         rows = torch.full((sum(send), 64), float(rank + 1), device="npu", requires_grad=True)
         try:
-            got = collectives.exchange_rows(rows, send, receive, group)
+            got = collectives.start_exchange(rows, send, receive, group).wait()
             values = (got * 2.0).detach().cpu()
             scale = torch.arange(1.0, len(got) + 1, device="npu")[:, None]
             (got * scale).sum().backward()

@@ -31,7 +31,7 @@ def download(
     Only safetensors, config, generation config and tokenizer: no .bin, .pt, .gguf or ONNX copies of the weights.
     """
     from lightning_npu_tp.checkpoint.files import size_in_words
-    from lightning_npu_tp.weights import download as downloading
+    from lightning_npu_tp.weights import hub_download as downloading
 
     endpoint = (endpoint or os.environ.get("HF_ENDPOINT") or "").rstrip("/") or None
     token = os.environ.get(token_env) or None
@@ -59,4 +59,6 @@ def download(
     except LightningNPUTPError as error:
         typer.echo(f"error: {' '.join(str(error).split())}", err=True)
         raise typer.Exit(1) from error
-    typer.echo(f"{dest}: {len(listing.files)} files of {repo_id}, all verified")
+    verified = sum(1 for file in listing.files if file.has_hash)
+    how_many = "all" if verified == len(listing.files) else f"{verified} of them"
+    typer.echo(f"{dest}: {len(listing.files)} files of {repo_id}, {how_many} verified")

@@ -23,7 +23,7 @@ def bytes_of(text: str, option: str) -> int:
 
 
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="a checkpoint folder of any layout, or one file")],
+    checkpoint: Annotated[Path, typer.Argument(help="a checkpoint folder of any layout, or a file of plain Lightning")],
     out: Annotated[Path, typer.Argument(help="the Hugging Face folder; must not exist, or be empty")],
     dtype: Annotated[
         str | None, typer.Option(help="bfloat16, float16, float32 or float64; as it is by default")
@@ -40,7 +40,7 @@ def export(
     The published per-expert names, safetensors files with index, config, generation config and tokenizer. Then the
     folder is loaded through transformers and every tensor compared with the checkpoint, bit for bit.
     """
-    from lightning_npu_tp.weights.export import DTYPES, export_checkpoint
+    from lightning_npu_tp.weights.hf_export import DTYPES, export_checkpoint
 
     try:
         if dtype is not None and dtype not in DTYPES:

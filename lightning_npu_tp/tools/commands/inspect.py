@@ -108,39 +108,23 @@ def look_at(path: Path, *, checksums: bool) -> Finding:
     if not path.is_file() and is_before_manifests(path):
         finding.sizes = _sizes(path, finding)
         return finding
+    try:
+        finding.manifest = None if path.is_file() else parse_manifest(path)
+    except CheckpointError as error:
+        finding.problems = [str(error)]
+        return finding
+    finding.problems = verify(path) if checksums else [reason] if (reason := incomplete(path)) else []
     if path.is_file():
-        finding.problems = verify(path) if checksums else [reason] if (reason := incomplete(path)) else []
         finding.sizes = {"rest": path.stat().st_size}
-        if not finding.problems:
-            finding.manifest = _manifest_in_file(path, finding)
-    else:
-        try:
-            finding.manifest = parse_manifest(path)
-        except CheckpointError as error:
-            finding.problems = [str(error)]
-            return finding
-        finding.problems = verify(path) if checksums else [reason] if (reason := incomplete(path)) else []
-        if not finding.problems:
-            finding.sizes = _sizes(path, finding)
+    elif not finding.problems:
+        finding.sizes = _sizes(path, finding)
     finding.verified = checksums and not finding.problems
     return finding
 
 
-def _manifest_in_file(path: Path, finding: Finding) -> Manifest | None:
-    # torch takes seconds to import, which a damaged checkpoint need not wait for.
-    from lightning_npu_tp.checkpoint.reader import read_object
-    from lightning_npu_tp.checkpoint.writer import OWN_KEY
-
-    try:
-        own = read_object(path, True).get(OWN_KEY)
-    except CheckpointError as error:
-        finding.problems.append(str(error))
-        return None
-    return None if own is None else Manifest.from_values(own["manifest"])
-
-
 def _sizes(path: Path, finding: Finding) -> dict[str, int]:
     """Bytes by what they are for, read from the index."""
+    # torch takes seconds to import, which a damaged checkpoint need not wait for.
     from lightning_npu_tp.checkpoint.reader import read_index
 
     total = sum(file.stat().st_size for file in path.iterdir() if file.is_file())

@@ -240,8 +240,8 @@ def _through_a_checkpoint(model: Any, optimizer: Any, copy: Any, its_optimizer: 
     dist.broadcast_object_list(place)
     path = Path(place[0]) / "checkpoint"
     try:
-        states = [training_state.optimizer_state(model, optimizer, full=False)]
-        saved = {"state_dict": training_state.model_state(model, full=False), "optimizer_states": states}
+        states = [training_state.optimizer_state(model, optimizer)]
+        saved = {"state_dict": training_state.model_state(model), "optimizer_states": states}
         training_state.save_sharded(saved, path, is_main=is_main)
         dist.barrier()
         training_state.load(path, copy, [its_optimizer], strict=True, weights_only=None)

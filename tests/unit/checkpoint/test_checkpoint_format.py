@@ -1,4 +1,4 @@
-"""The folder and the file that a training checkpoint is: manifest, checksums, names while saving, safe reading.
+"""The folder that a training checkpoint is: manifest, checksums, names while saving, safe reading.
 
 Catches damage that a load would not notice, a save that dies and takes the previous checkpoint along, two processes at
 one checkpoint, and a file that runs code when it is read.
@@ -15,7 +15,6 @@ import socket
 import subprocess
 import sys
 import time
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +22,9 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_npu_tp.checkpoint import files, locks, manifest, single_file, training_state, writer
+from lightning_npu_tp.checkpoint import files, locks, manifest, training_state, writer
 from lightning_npu_tp.checkpoint.locks import Holder, hold, holder_of, lock_file
-from lightning_npu_tp.checkpoint.manifest import Manifest, is_complete, newest_complete, read_manifest, verify
+from lightning_npu_tp.checkpoint.manifest import Manifest, incomplete, newest_complete, read_manifest, verify
 from lightning_npu_tp.checkpoint.peers import PeerFailure, Peers
 from lightning_npu_tp.checkpoint.reader import open_checkpoint, read_index, read_object
 from lightning_npu_tp.errors import CheckpointError
@@ -43,8 +42,8 @@ def model_and_optimizer() -> tuple[nn.Module, torch.optim.Optimizer]:
 def state_of(model: nn.Module, optimizer: torch.optim.Optimizer, step: int = 3) -> dict[str, Any]:
     return {
         "global_step": step,
-        "state_dict": training_state.model_state(model, full=False),
-        "optimizer_states": [training_state.optimizer_state(model, optimizer, full=False)],
+        "state_dict": training_state.model_state(model),
+        "optimizer_states": [training_state.optimizer_state(model, optimizer)],
     }
 
 
@@ -54,12 +53,6 @@ def save(path: Path, step: int = 3) -> nn.Module:
     tensors, rest = training_state.split(state_of(model, optimizer, step))
     content = writer.serialized(rest)
     writer.save_folder(tensors, content, writer.serialized({}), path, Manifest(step=step), Peers())
-    return model
-
-
-def save_file(path: Path) -> nn.Module:
-    model, optimizer = model_and_optimizer()
-    writer.save_file(state_of(model, optimizer), {"own": 1}, path, Manifest(step=3), Peers())
     return model
 
 
@@ -83,19 +76,18 @@ def test_a_saved_folder_comes_back_bit_for_bit_and_lists_every_file(tmp_path: Pa
     found = read_manifest(tmp_path / "a.ckpt")
     assert sorted(found.files) == [".metadata", "__0_0.distcp", "meta.pt", "rank_0.pt"]
     assert all((tmp_path / "a.ckpt" / name).stat().st_size == entry["bytes"] for name, entry in found.files.items())
-    assert found.step == 3 and found.size == sum(entry["bytes"] for entry in found.files.values())
+    assert found.step == 3
     assert names(tmp_path) == ["a.ckpt"], "a temporary name or a lock was left"
     # The index would otherwise hold the name of a folder that is gone.
     assert b"partial" not in (tmp_path / "a.ckpt" / ".metadata").read_bytes()
 
 
-@pytest.mark.parametrize("kind", ["folder", "file"])
-def test_every_truncation_and_forty_changed_bytes_are_noticed_and_the_file_named(tmp_path: Path, kind: str) -> None:
+def test_every_truncation_and_forty_changed_bytes_are_noticed_and_the_file_named(tmp_path: Path) -> None:
     script = Path(__file__).parents[3] / "benchmarks" / "checkpoint_damage.py"
     spec = importlib.util.spec_from_file_location("checkpoint_damage", script)
     damage = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(damage)
-    (save if kind == "folder" else save_file)(tmp_path / "a.ckpt")
+    save(tmp_path / "a.ckpt")
     tried, missed = damage.count_noticed(tmp_path / "a.ckpt", flips=40, seed=3)
     assert missed == []
     assert tried["byte changed"] == 40
@@ -108,12 +100,12 @@ def test_completeness_is_cheap_and_checksums_see_the_rest(tmp_path: Path) -> Non
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    assert is_complete(tmp_path / "a.ckpt")
+    assert not incomplete(tmp_path / "a.ckpt")
     (problem,) = verify(tmp_path / "a.ckpt")
     assert str(file) in problem and "has changed: checksum" in problem
     assert verify(tmp_path / "a.ckpt", ["meta.pt"]) == []
     file.write_bytes(content[:-1])
-    assert not is_complete(tmp_path / "a.ckpt")
+    assert incomplete(tmp_path / "a.ckpt")
 
 
 def test_a_newer_format_is_refused_with_both_numbers(tmp_path: Path) -> None:
@@ -281,6 +273,34 @@ def test_one_process_at_a_time_and_the_other_is_named(tmp_path: Path) -> None:
     assert names(tmp_path) == ["a.ckpt", "b.ckpt"]
 
 
+def test_who_finds_a_lock_stale_does_not_remove_its_successor(tmp_path: Path, monkeypatch: Any) -> None:
+    """Of several ranks that wait for a process that is killed, one takes its lock over; the others saw the old one."""
+    file = lock_file(tmp_path / "a.ckpt")
+    stale, fresh = (json.dumps(vars(Holder("another-host", pid, 0.0, "building"))) for pid in (1, 2))
+    file.write_text(stale)
+
+    def overtaken(path: Path) -> Holder | None:
+        monkeypatch.undo()
+        file.unlink()
+        (tmp_path / "keeps the inode from being used again").touch()
+        file.write_text(fresh)
+        return None
+
+    monkeypatch.setattr(locks, "holder_of", overtaken)
+    with pytest.raises(CheckpointError, match="process 2 of another-host is building it"):
+        save(tmp_path / "a.ckpt")
+    assert file.read_text() == fresh
+
+
+def test_who_waits_for_a_lock_is_told_of_its_holder_and_gets_it(tmp_path: Path) -> None:
+    file = lock_file(tmp_path / "a")
+    file.write_text(json.dumps(vars(Holder("another-host", 7, 0.0, "building"))))
+    seen = []
+    with hold(tmp_path / "a", "building", waiting=lambda holder: seen.append(holder.pid) or file.unlink()):
+        assert json.loads(file.read_text())["pid"] == os.getpid()
+    assert seen == [7] and not file.exists()
+
+
 def test_a_held_lock_shows_signs_of_life(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(locks, "TOUCH_EVERY_S", 0.01)
     with hold(tmp_path / "a.ckpt", "saving"):
@@ -306,7 +326,7 @@ def test_a_link_is_replaced_and_what_it_points_to_stays(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"is a link to absent\.ckpt, which does not exist"):
         load(tmp_path / "link.ckpt")
     files.remove_whole(tmp_path / "link.ckpt")
-    assert names(tmp_path) == ["last.ckpt", "step1.ckpt"] and is_complete(tmp_path / "step1.ckpt")
+    assert names(tmp_path) == ["last.ckpt", "step1.ckpt"] and not incomplete(tmp_path / "step1.ckpt")
 
 
 def test_the_bytes_needed_are_those_on_disk(tmp_path: Path) -> None:
@@ -316,40 +336,35 @@ def test_the_bytes_needed_are_those_on_disk(tmp_path: Path) -> None:
     optimizer.step()
     tensors, _ = training_state.split(state_of(model, optimizer))
     training_state.save_sharded(state_of(model, optimizer), tmp_path / "a.ckpt", is_main=True)
-    assert read_manifest(tmp_path / "a.ckpt").size == pytest.approx(writer.bytes_needed(tensors), rel=0.02)
+    on_disk = sum(entry["bytes"] for entry in read_manifest(tmp_path / "a.ckpt").files.values())
+    assert on_disk == pytest.approx(writer.bytes_needed(tensors), rel=0.02)
 
 
-# --- one file ---------------------------------------------------------------------------------------
+# --- a file of plain Lightning ------------------------------------------------------------------------
 
 
-def test_one_file_is_sealed_and_still_an_ordinary_file_of_torch(tmp_path: Path) -> None:
-    path = tmp_path / "a.ckpt"
-    model = save_file(path)
-    assert torch.equal(load(path).weight, model.weight)
-    plain = torch.load(path, weights_only=True)
-    assert torch.equal(plain["state_dict"]["weight"], model.weight.detach())
-    assert plain["lightning_npu_tp"]["manifest"]["step"] == 3 and plain["lightning_npu_tp"]["ranks"] == [{"own": 1}]
-    with zipfile.ZipFile(path) as archive:
-        assert archive.testzip() is None and archive.comment.startswith(b"lightning_npu_tp bytes=")
-    # The seal catches what the archive's own checksums leave out: here a date in a header.
-    content = bytearray(path.read_bytes())
-    content[10] ^= 1
-    path.write_bytes(content)
-    with zipfile.ZipFile(path) as archive:
-        assert archive.testzip() is None
-    assert verify(path) and "has changed" in verify(path)[0]
+def test_of_a_file_of_plain_lightning_the_weights_are_loaded_and_numbered_optimizer_states_are_refused(
+    tmp_path: Path,
+) -> None:
+    path, other = tmp_path / "plain.ckpt", nn.Linear(8, 4)
+    model, optimizer = model_and_optimizer()
+    torch.save({"state_dict": model.state_dict(), "optimizer_states": [optimizer.state_dict()]}, path)
+    with pytest.raises(CheckpointError, match=r"say the numbers .* Set strategy\.resume_weights_only=true"):
+        load(path)
+    training_state.load(path, other, [], strict=True, weights_only=None)
+    assert torch.equal(other.weight, model.weight)
 
 
 def test_a_file_of_another_program_is_checked_by_its_own_checksums(tmp_path: Path) -> None:
     path = tmp_path / "plain.ckpt"
     torch.save({"state_dict": {"weight": torch.arange(4000.0)}}, path)
-    assert single_file.check_file(path, checksum=True) == []
+    assert verify(path) == []
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    assert "does not have its checksum" in single_file.check_file(path, checksum=True)[0]
+    assert "does not have its checksum" in verify(path)[0]
     path.write_bytes(content[:-3])
-    assert "no whole checkpoint file" in single_file.check_file(path, checksum=False)[0]
+    assert "no whole checkpoint file" in incomplete(path)
 
 
 # --- reading runs nothing ----------------------------------------------------------------------------

@@ -141,8 +141,8 @@ def test_a_copy_shares_no_memory_with_what_training_changes() -> None:
     model(torch.ones(1, 4)).sum().backward()
     optimizer.step()
     state = [
-        training_state.model_state(model, full=False),
-        training_state.optimizer_state(model, optimizer, full=False),
+        training_state.model_state(model),
+        training_state.optimizer_state(model, optimizer),
     ]
     assert state[0]["weight"].data_ptr() == model.weight.data_ptr(), "nothing to protect against"
     own = torch.ones(3)

@@ -9,7 +9,7 @@ import lightning as L
 from lightning_npu_tp.convert.convert import Options
 from lightning_npu_tp.launch.same_settings import flatten, require_agreement, require_equal_batches, run_settings
 from lightning_npu_tp.parallel.layout import Layout
-from lightning_npu_tp.trainer.checkpoint_hooks import CheckpointSettings
+from lightning_npu_tp.trainer.checkpoint_settings import CheckpointSettings
 
 
 class Module(L.LightningModule):

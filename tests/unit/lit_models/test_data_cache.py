@@ -121,7 +121,7 @@ def test_a_finished_cache_is_opened_without_reading_the_files_or_taking_the_lock
     folder = corpus(tmp_path / "text")
     module(folder, tmp_path / "cache").setup()
     monkeypatch.setattr(TextDataModule, "_encode", None)
-    monkeypatch.setattr(cache_module, "_lock", None)
+    monkeypatch.setattr(cache_module, "hold", None)
     module(folder, tmp_path / "cache").setup()
 
 
@@ -152,7 +152,7 @@ def test_a_killed_build_leaves_nothing_that_is_taken_and_the_next_one_removes_it
         (path / "train.tokens").write_bytes(b"half")
         raise KeyboardInterrupt
 
-    partial = tmp_path / "key.partial-elsewhere-1"
+    partial = tmp_path / ".key.partial-0123456789ab"
     partial.mkdir()
     (partial / "train.tokens").write_bytes(b"of a process that was killed")
     with pytest.raises(KeyboardInterrupt):

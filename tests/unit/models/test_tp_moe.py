@@ -24,7 +24,7 @@ from lightning_npu_tp.kernels.rows import sort_picks
 from lightning_npu_tp.models.moe.block import MoEBlock
 from lightning_npu_tp.models.moe.experts import RoutedExperts
 from lightning_npu_tp.models.moe.router import TopKRouter
-from lightning_npu_tp.parallel.collectives import exchange_rows
+from lightning_npu_tp.parallel.collectives import start_exchange
 from lightning_npu_tp.parallel.layout import Groups, Layout, Meshes
 from lightning_npu_tp.tools.testing.models import random_batch, reference_model, tiny_deepseek_v2_config
 from lightning_npu_tp.tools.testing.operators import CountOperators
@@ -106,7 +106,7 @@ def exchange_forward_and_backward(rank: int, world_size: int, counts: list[list[
     send, recv = counts[rank], [row[rank] for row in counts]
     rows = [[rank, to, n] for to, count in enumerate(send) for n in range(count)]
     sent = torch.tensor(rows, dtype=torch.float64).reshape(-1, 3).requires_grad_()
-    received = exchange_rows(sent, send, recv, dist.group.WORLD)
+    received = start_exchange(sent, send, recv, dist.group.WORLD).wait()
     expected = [[source, rank, n] for source, count in enumerate(recv) for n in range(count)]
     assert received.tolist() == expected
     # Each row comes back times ten plus the rank that had it, so a gradient that took a wrong turn shows.

@@ -11,11 +11,11 @@ import torch
 from lightning_npu_tp.errors import CountMismatch
 from lightning_npu_tp.parallel.collectives import (
     copy_to_group,
-    exchange_rows,
     gather_last_dim,
     group_rank,
     group_size,
     reduce_from_group,
+    start_exchange,
 )
 
 
@@ -36,7 +36,7 @@ def test_sizes_that_are_not_the_ranks_are_refused(sizes):
 
 def test_exchanging_rows_with_oneself_copies_them():
     rows = torch.randn(3, 2, requires_grad=True)
-    received = exchange_rows(rows, [3], [3], None)
+    received = start_exchange(rows, [3], [3], None).wait()
     assert torch.equal(received, rows) and received.data_ptr() != rows.data_ptr()
     received.square().sum().backward()
     torch.testing.assert_close(rows.grad, 2 * rows.detach())
@@ -53,4 +53,4 @@ def test_exchanging_rows_with_oneself_copies_them():
 )
 def test_counts_that_do_not_add_up_are_refused(send, recv, words):
     with pytest.raises(CountMismatch, match=words):
-        exchange_rows(torch.zeros(3, 2), send, recv, None)
+        start_exchange(torch.zeros(3, 2), send, recv, None).wait()

@@ -1,14 +1,17 @@
 """`lightning-npu-tp download` against a small hub on this machine.
 
-Catches copies of the weights in other formats that are fetched too, a broken-off file that is taken for a whole one or
-fetched from its start again, changed bytes that nobody notices, and errors that do not say what to do.
+Catches copies of the weights in other formats that are fetched too, a broken-off file that is taken for a whole one,
+whole files that are fetched again, changed bytes that nobody notices, a server that never ends or never answers, and
+errors that do not say what to do.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
+import socket
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -21,8 +24,9 @@ import typer
 from huggingface_hub import constants
 from typer.testing import CliRunner
 
+from lightning_npu_tp.checkpoint.locks import hold
 from lightning_npu_tp.tools.commands.download import download
-from lightning_npu_tp.weights import download as downloading
+from lightning_npu_tp.weights import hub_download as downloading
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
 BIG = bytes(range(256)) * 2000
@@ -54,7 +58,7 @@ class Hub(NamedTuple):
 
     files, served: what it says it has, and what it sends. requests: (method, file, Range header). cut: file -> bytes
     after which the connection breaks. tokens: (file, token or None) of every request for content; moved: files whose
-    content lies on a server of another name.
+    content lies on another server, and its address.
     """
 
     address: str
@@ -63,7 +67,7 @@ class Hub(NamedTuple):
     requests: list[tuple[str, str, str | None]]
     cut: dict[str, int]
     tokens: list[tuple[str, str | None]]
-    moved: set[str]
+    moved: dict[str, str]
 
 
 def handler_of(
@@ -72,7 +76,7 @@ def handler_of(
     requests: list,
     cut: dict[str, int],
     tokens: list[tuple[str, str | None]],
-    moved: set[str],
+    moved: dict[str, str],
 ) -> type:
     class Handler(BaseHTTPRequestHandler):
         def log_message(self, *arguments: Any) -> None:
@@ -103,7 +107,7 @@ def handler_of(
             if self.command == "HEAD":
                 self.send_response(302 if name in moved else 200)
                 if name in moved:
-                    self.send_header("Location", f"http://localhost:{self.server.server_address[1]}{path}")  # type: ignore[attr-defined]
+                    self.send_header("Location", f"{moved[name]}{path}")
                 for key, value in told.items():
                     self.send_header(key.replace("_", "-"), value)
                 self.send_header("Content-Length", str(len(files[name])))
@@ -145,6 +149,9 @@ def handler_of(
                         "size": len(content),
                         "pointerSize": 1,
                     }
+                if b"no_hash" in content:
+                    siblings.append(entry)
+                    continue
                 entry["blobId"] = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
                 siblings.append(entry)
             self.answer(200, json.dumps({"id": repo, "sha": SHA, "siblings": siblings}).encode())
@@ -161,7 +168,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     monkeypatch.delenv("HF_TOKEN", raising=False)
     huggingface_hub.close_session()
     files, served = dict(FILES), dict(FILES)
-    requests, cut, tokens, moved = [], {}, [], set()
+    requests, cut, tokens, moved = [], {}, [], {}
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler_of(files, served, requests, cut, tokens, moved))
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
@@ -204,29 +211,76 @@ def test_a_broken_connection_is_told_and_the_next_call_goes_on(
     hub.cut[name] = 0
     hub.served[name] = BIG[:100_000]
     first = command("owner/model", str(tmp_path), "--endpoint", hub.address)
-    assert first.exit_code == 1 and "go on where it stopped" in first.output and name in first.output
+    assert first.exit_code == 1 and "go on with the files that are missing" in first.output and name in first.output
     assert not (tmp_path / name).exists(), "a part under the file's own name would be taken for the whole"
-
-
-def test_a_second_call_asks_for_the_rest_only(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    name = "model-00001-of-00002.safetensors"
-    # What has come is on disk in steps of this size; 10 MB otherwise.
-    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 100_000)
-    # No second try within one call: the process was killed, say.
-    monkeypatch.setattr("huggingface_hub.file_download.time.sleep", killed)
-    hub.cut[name] = 300_000
-    assert command("owner/model", str(tmp_path), "--endpoint", hub.address).exit_code != 0
     hub.cut.clear()
+    hub.served.update(FILES)
     hub.requests.clear()
     done = command("owner/model", str(tmp_path), "--endpoint", hub.address)
     assert done.exit_code == 0, done.output
-    assert ("GET", name, "bytes=300000-") in hub.requests
     assert (tmp_path / name).read_bytes() == BIG
     assert not any(method == "GET" and file < name for method, file, _ in hub.requests), "whole files came again"
 
 
-def killed(seconds: float) -> None:
-    raise KeyboardInterrupt
+def test_a_connection_that_breaks_once_is_gone_on_with_where_it_broke(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "model-00001-of-00002.safetensors"
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 100_000)
+    monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda seconds: hub.cut.clear())
+    hub.cut[name] = 300_000
+    assert command("owner/model", str(tmp_path), "--endpoint", hub.address).exit_code == 0
+    assert ("GET", name, "bytes=300000-") in hub.requests and (tmp_path / name).read_bytes() == BIG
+
+
+def test_what_a_killed_call_left_is_removed(hub: Hub, tmp_path: Path) -> None:
+    left = tmp_path / ".cache/huggingface/download/abc.0123abcd.incomplete"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"half of a file")
+    assert command("owner/model", str(tmp_path), "--endpoint", hub.address).exit_code == 0
+    assert not left.exists()
+
+
+def test_a_server_that_goes_on_sending_is_left_at_the_listed_size(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "model-00001-of-00002.safetensors"
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 100_000)
+    hub.served[name] = BIG * 40
+    done = command("owner/model", str(tmp_path), "--endpoint", hub.address)
+    assert done.exit_code == 1 and name in done.output
+    assert f"sends more than the {len(BIG):,} bytes that the hub names" in done.output
+    assert not [file for file in tmp_path.rglob("*") if file.is_file() and file.stat().st_size > len(BIG)]
+
+
+@pytest.mark.parametrize("silent", ["the list", "a file"])
+def test_a_silent_server_is_told(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, silent: str) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.2)
+    monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda seconds: None)
+    listener = socket.create_server(("127.0.0.1", 0))
+    try:
+        address = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        if silent == "a file":
+            hub.moved["config.json"] = address
+        done = command("owner/model", str(tmp_path), "--endpoint", address if silent == "the list" else hub.address)
+    finally:
+        listener.close()
+    assert done.exit_code == 1 and "cannot be reached, or broke off" in done.output and "Timeout" in done.output
+    assert ("while fetching config.json" in done.output) == (silent == "a file")
+
+
+def test_two_downloads_into_one_folder_are_told_of_each_other(hub: Hub, tmp_path: Path) -> None:
+    with hold(tmp_path / "model", "downloading"):
+        done = command("owner/model", str(tmp_path / "model"), "--endpoint", hub.address)
+    assert done.exit_code == 1 and f"process {os.getpid()} of this host" in done.output
+    assert "is downloading it. Wait until it is done" in done.output and hub.requests == []
+
+
+def test_only_what_has_a_hash_is_called_verified(hub: Hub, tmp_path: Path) -> None:
+    hub.files["config.json"] = hub.served["config.json"] = b'{"no_hash": 1}'
+    done = command("owner/model", str(tmp_path), "--endpoint", hub.address)
+    assert done.exit_code == 0 and "config.json: 14 bytes, its size is right, the hub gives no hash" in done.output
+    assert "8 files of owner/model, 7 of them verified" in done.output
 
 
 def test_changed_bytes_are_found_and_named(hub: Hub, tmp_path: Path) -> None:
@@ -291,7 +345,7 @@ def test_variants_and_subfolders_are_not_needed() -> None:
 
 def test_a_token_goes_to_the_hub_and_to_nobody_else(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name = "model-00001-of-00002.safetensors"
-    hub.moved.add(name)
+    hub.moved[name] = hub.address.replace("127.0.0.1", "localhost")
     monkeypatch.setenv("MY_TOKEN", "hf_secret")
     done = command("owner/model", str(tmp_path), "--endpoint", hub.address, "--token-env", "MY_TOKEN")
     assert done.exit_code == 0, done.output

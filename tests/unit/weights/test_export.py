@@ -7,6 +7,8 @@ does not say where tensors are, a selection bias that is lost without a word, an
 from __future__ import annotations
 
 import json
+import os
+import resource
 import shutil
 from pathlib import Path
 from typing import Any
@@ -24,9 +26,9 @@ from lightning_npu_tp.checkpoint import training_state
 from lightning_npu_tp.errors import CheckpointError, ConfigError
 from lightning_npu_tp.tools.commands.export import bytes_of, export
 from lightning_npu_tp.tools.testing.models import tiny_config
-from lightning_npu_tp.weights import export as exporting
-from lightning_npu_tp.weights import hf_folder
-from lightning_npu_tp.weights.safetensors_writer import Entry, ShardPlan
+from lightning_npu_tp.weights import hf_export as exporting
+from lightning_npu_tp.weights import hf_folder, row_runs
+from lightning_npu_tp.weights.safetensors_shards import Shards
 from lightning_npu_tp.weights.sources import FolderSource
 
 FAMILY = "qwen3_moe"
@@ -92,7 +94,7 @@ def test_runs_of_rows_make_the_same_folder(tmp_path: Path, monkeypatch: pytest.M
         "read",
         lambda self, name, bounds: asked.append(read(self, name, bounds).nbytes) or read(self, name, bounds),
     )
-    monkeypatch.setattr(exporting, "CHUNK_BYTES", 1000)
+    monkeypatch.setattr(row_runs, "CHUNK_BYTES", 1000)
     exporting.export_checkpoint(path, tmp_path / "in_runs", with_tokenizer=False)
     one_expert = 4 * 32 * 48
     assert max(asked) == one_expert, "more than a run of rows was read at once"
@@ -169,6 +171,41 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     done = command(path, tmp_path / "out", "--tokenizer", "none")
     assert done.exit_code == 1 and "No space left on device. It needs" in done.output
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
+    monkeypatch.undo()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        done = command(path, tmp_path / "out", "--tokenizer", "none")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert done.exit_code == 1 and "cannot be written" in done.output and "File too large" in done.output
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
+
+
+def test_all_of_an_export_is_on_the_disk_before_the_name_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, _ = checkpoint(tmp_path)
+    events: list[str] = []
+    fsync, rename = os.fsync, os.rename
+
+    def note_fsync(descriptor: int) -> None:
+        events.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        fsync(descriptor)
+
+    def note_rename(source: Any, target: Any) -> None:
+        events.append(f"rename to {Path(target).name}")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", note_fsync)
+    monkeypatch.setattr(os, "rename", note_rename)
+    exporting.export_checkpoint(path, tmp_path / "out", max_shard_bytes=40_000, with_tokenizer=False)
+    monkeypatch.undo()
+    files = {file.name for file in (tmp_path / "out").iterdir()}
+    assert "model.safetensors.index.json" in files and len(files) > 5
+    named = events.index("rename to out")
+    assert set(events[: named - 1]) == files and events[named - 1].startswith(".out.partial-")
+    assert events[named + 1 :] == [tmp_path.name]
 
 
 def test_every_mistake_is_told_in_one_line(tmp_path: Path) -> None:
@@ -252,25 +289,43 @@ def test_the_tokenizer_is_compared_with_its_source(tmp_path: Path, kind: str, mo
     assert not (tmp_path / "other").exists() and not (tmp_path / "torn").exists()
 
 
-def test_sizes_and_plans() -> None:
+def test_sizes_in_words() -> None:
     assert [bytes_of(text, "x") for text in ("5GB", "1.5 MiB", "70", "2kb")] == [5 * 10**9, 1572864, 70, 2000]
     with pytest.raises(ConfigError, match="x 0GB is no size"):
         bytes_of("0GB", "x")
-    with pytest.raises(CheckpointError, match="dtype torch.complex64"):
-        ShardPlan([Entry("a", torch.complex64, (1,))], 10)
-    with pytest.raises(CheckpointError, match="a would be written twice"):
-        ShardPlan([Entry("a", torch.int8, (1,)), Entry("a", torch.int8, (1,))], 10)
 
 
-def test_a_tensor_that_never_came_is_told(tmp_path: Path) -> None:
-    plan = ShardPlan([Entry("a", torch.float32, (2, 3)), Entry("b", torch.bfloat16, ())], 10**6)
-    with pytest.raises(CheckpointError, match="1 tensors were never written, a first"), plan.open(tmp_path) as writer:
-        writer.write("b", 0, torch.tensor(1.0, dtype=torch.bfloat16))
-        writer.write("a", 1, torch.ones(1, 3))
-        with pytest.raises(CheckpointError, match="b is not expected"):
-            writer.write("b", 0, torch.tensor(1.0, dtype=torch.bfloat16))
-        with pytest.raises(CheckpointError, match="was planned"):
-            writer.write("a", 0, torch.ones(1, 4))
+def on_meta(**tensors: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {key: tensor.to("meta") for key, tensor in tensors.items()}
+
+
+def test_a_tensor_that_never_came_or_came_twice_is_told(tmp_path: Path) -> None:
+    one = torch.tensor(1.0, dtype=torch.bfloat16)
+    shards = Shards(on_meta(a=torch.ones(2, 3), b=one), 10**6)
+    with pytest.raises(CheckpointError, match="1 tensors were never written, a first"):
+        shards.write(tmp_path, [("b", 0, one), ("a", 1, torch.ones(1, 3))])
+    for twice in ([("b", 0, one)] * 2, [("a", 0, torch.ones(2, 3)), ("a", 1, torch.ones(1, 3))], [("c", 0, one)]):
+        with pytest.raises(CheckpointError, match=r"[abc] is not expected"):
+            shards.write(tmp_path, twice)
+    assert not list(tmp_path.iterdir())
+
+
+def test_one_file_at_a_time_is_in_memory_and_the_one_before_is_on_the_disk(tmp_path: Path) -> None:
+    """So an export takes the memory of its largest file, whatever the size of the model."""
+    whole = {f"t{number}": torch.full((4, 5), float(number)) for number in range(6)}
+    shards = Shards(on_meta(**whole), 2 * 4 * 5 * 4)
+    assert [len(keys) for keys in shards.files.values()] == [2, 2, 2]
+
+    def rows() -> Any:
+        for number, (key, tensor) in enumerate(whole.items()):
+            for first in range(4):
+                assert len(list(tmp_path.glob("*.safetensors"))) == number // 2
+                yield key, first, tensor[first : first + 1]
+
+    shards.write(tmp_path, rows())
+    for file, keys in shards.files.items():
+        found = load_file(tmp_path / file)
+        assert list(found) == keys and all(torch.equal(found[key], whole[key]) for key in keys)
 
 
 def test_any_part_of_any_stored_tensor_is_read(tmp_path: Path) -> None:

@@ -1,9 +1,8 @@
 """Weights out: a Hugging Face folder in the published per-expert names, from a training checkpoint or a live run.
 
-Streaming: tensors are read and written in runs of rows of at most CHUNK_BYTES (or one row: of an expert stack, one
-expert), so that memory does not grow with the model. The folder is written under a temporary name and renamed, then
-held against its source bit for bit: file by file, and once more through transformers' own loader, which does not know
-our name table. No device and no process group is needed for a checkpoint.
+Tensors are read in runs of rows (row_runs.py) and written file by file (safetensors_shards.py), so that memory does not
+grow with the model but holds one file. The folder is written under a temporary name, held against its source bit for
+bit (hf_compare.py), and renamed. No device and no process group is needed for a checkpoint.
 """
 
 from __future__ import annotations
@@ -11,37 +10,31 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
-from safetensors import safe_open
-from torch import Tensor
+from safetensors import SafetensorError
 
-from lightning_npu_tp.checkpoint.files import PARTIAL, beside, delete, fsync_folder, in_place, left_beside
+from lightning_npu_tp.checkpoint.files import PARTIAL, beside, delete, fsync_file, fsync_folder, in_place, left_beside
 from lightning_npu_tp.checkpoint.locks import hold
-from lightning_npu_tp.checkpoint.manifest import Manifest
 from lightning_npu_tp.checkpoint.peers import Peers
 from lightning_npu_tp.checkpoint.reader import open_checkpoint, read_rest
-from lightning_npu_tp.checkpoint.writer import OWN_KEY
 from lightning_npu_tp.errors import CheckpointError, ConfigError
 from lightning_npu_tp.models.families.family import ModelFamily
-from lightning_npu_tp.models.file_names import Bounds
+from lightning_npu_tp.weights.hf_compare import compare_files, compare_reloaded, too_large_to_reload
 from lightning_npu_tp.weights.hf_folder import Outline, outline, tokenizer_files, write_side_files
-from lightning_npu_tp.weights.safetensors_writer import Entry, ShardPlan
+from lightning_npu_tp.weights.row_runs import file_rows
+from lightning_npu_tp.weights.safetensors_shards import Shards
 from lightning_npu_tp.weights.sources import FileSource, FolderSource, TensorSource
 from lightning_npu_tp.weights.tokenizer_check import compare_tokenizers
 
-CHUNK_BYTES = 64 * 2**20
 MAX_SHARD_BYTES = 5 * 10**9
-# Config, generation config, index, names: what the folder needs besides weights and tokenizer, generously.
+# Headers, index, config, generation config: what the folder needs besides weights and tokenizer, generously.
 _SIDE_BYTES = 16 * 2**20
-# transformers' loader maps the files, fills the model and stacks the experts of one layer at a time.
-_RELOAD_FACTOR = 1.3
 DTYPES = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32", "float64")}
 
 
@@ -80,7 +73,7 @@ def export_checkpoint(
     families: Sequence[ModelFamily] = (),
     verify: bool = True,
 ) -> Exported:
-    """Export a training checkpoint, a folder of any layout or one file.
+    """Export a training checkpoint: a folder of any layout, or a file of plain Lightning.
 
     dtype:     of the parameters; None keeps theirs. Buffers stay at least float32.
     tokenizer: folder or tokenizer.json; None takes the one that the manifest names.
@@ -97,8 +90,6 @@ def export_checkpoint(
             stack.enter_context(hold(where, "reading"))
         where, manifest = open_checkpoint(path, Peers(), checksums=verify)
         source: FileSource | FolderSource = FileSource(where) if where.is_file() else FolderSource(where)
-        if isinstance(source, FileSource) and OWN_KEY in source.rest:
-            manifest = Manifest.from_values(source.rest[OWN_KEY]["manifest"])
         prefix = None if model is None else f"{model}." if model else ""
         notes: list[str] = []
         if manifest is not None and manifest.models:
@@ -137,16 +128,18 @@ def export_source(
 ) -> Exported:
     """Write the folder of `plan` from any source, and compare; see `export_checkpoint`."""
     dtypes = {name: _dtype_of(plan, source, name, dtype) for name in plan.shapes}
-    shards = ShardPlan(
-        (Entry(piece.key, dtypes[name], piece.shape) for name in plan.shapes for piece in plan.pieces[name]),
-        max_shard_bytes,
-    )
+    tensors = {
+        piece.key: torch.empty(piece.shape, dtype=dtypes[name], device="meta")
+        for name in plan.shapes
+        for piece in plan.pieces[name]
+    }
+    shards = Shards(tensors, max_shard_bytes)
     side = sum(file.stat().st_size for file in tokenizer_files(tokenizer)) if tokenizer is not None else 0
     main = next(dtypes[name] for name in plan.shapes if name not in plan.buffers)
     done = Exported(
         folder=out,
-        files=shards.files,
-        tensors=sum(len(pieces) for pieces in plan.pieces.values()),
+        files=list(shards.files),
+        tensors=len(tensors),
         weight_bytes=shards.weight_bytes,
         dtype=str(main).removeprefix("torch."),
         notes=[*notes, *_left_out(source, plan)],
@@ -156,29 +149,35 @@ def export_source(
         for left, name, kind in left_beside(out.parent):
             if (name, kind) == (out.name, PARTIAL):
                 delete(left)
-        _require_space(out.parent, shards.bytes + side + _SIDE_BYTES)
+        needed = shards.weight_bytes + side + _SIDE_BYTES
+        _require_space(out.parent, needed)
         partial = beside(out, PARTIAL)
         partial.mkdir()
         try:
-            with shards.open(partial) as writer:
-                for name in plan.shapes:
-                    for bounds, rows in _runs(source, plan, name):
-                        _write_pieces(writer.write, plan, name, bounds, rows.to(dtypes[name]))
+            shards.write(partial, file_rows(source, plan, dtypes))
             write_side_files(partial, plan, main, tokenizer)
             if verify:
-                _compare_files(source, plan, partial, dtypes, done)
-                _compare_reloaded(source, plan, partial, dtypes, done)
+                done.compared, done.differences = compare_files(source, plan, partial, done.files, dtypes)
+                if note := too_large_to_reload(done.weight_bytes):
+                    done.notes.append(note)
+                else:
+                    done.reloaded, more = compare_reloaded(source, plan, partial, dtypes)
+                    done.differences += more
                 if tokenizer is not None:
                     told, fits = compare_tokenizers(tokenizer, partial)
                     (done.notes if fits else done.differences).append(told)
             if not done.differences:
+                for file in partial.iterdir():
+                    fsync_file(file)
                 fsync_folder(partial)
                 require_free(out)
                 os.rename(partial, out)
                 fsync_folder(out.parent)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
+            # safetensors has an error of its own for a disk that is full.
+            why = getattr(error, "strerror", None) or error
             raise CheckpointError(
-                f"{out} cannot be written: {error.strerror or error}. It needs {shards.bytes + side:,} bytes, "
+                f"{out} cannot be written: {why}. It needs {needed:,} bytes, "
                 f"{shutil.disk_usage(out.parent).free:,} are free. Nothing was left there."
             ) from error
         finally:
@@ -211,30 +210,6 @@ def _dtype_of(plan: Outline, source: TensorSource, name: str, asked: torch.dtype
     return torch.promote_types(asked, torch.float32) if name in plan.buffers else asked
 
 
-def _runs(source: TensorSource, plan: Outline, name: str) -> Iterator[tuple[Bounds, Tensor]]:
-    """A tensor in runs of rows of dim 0, each of at most CHUNK_BYTES or one row, with their bounds."""
-    shape, full_name = plan.shapes[name], plan.prefix + name
-    if not shape:
-        yield (), source.read(full_name, ())
-        return
-    row_bytes = source.dtypes[full_name].itemsize * torch.Size(shape[1:]).numel()
-    step = max(1, CHUNK_BYTES // max(1, row_bytes))
-    for first in range(0, shape[0], step):
-        bounds = ((first, min(first + step, shape[0])), *((0, size) for size in shape[1:]))
-        yield bounds, source.read(full_name, bounds)
-
-
-def _write_pieces(
-    write: Callable[[str, int, Tensor], None], plan: Outline, name: str, bounds: Bounds, rows: Tensor
-) -> None:
-    for piece in plan.pieces[name]:
-        if (overlap := piece.overlap(bounds)) is None:
-            continue
-        inside, target = overlap
-        part = rows[tuple(slice(*pair) for pair in target)]
-        write(piece.key, inside[0][0] if inside else 0, part.squeeze(0) if piece.stacked else part)
-
-
 def _left_out(source: TensorSource, plan: Outline) -> list[str]:
     """What the source has and the folder will not: our selection bias is told unless it is all zero."""
     notes, others = [], []
@@ -250,77 +225,6 @@ def _left_out(source: TensorSource, plan: Outline) -> list[str]:
         shown = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
         notes.append(f"Left out, since they are not part of {plan.class_name}: {shown}.")
     return notes
-
-
-def _same_bits(first: Tensor, second: Tensor) -> bool:
-    if (first.dtype, first.shape) != (second.dtype, second.shape):
-        return False
-    one, other = (tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (first, second))
-    return torch.equal(one, other)
-
-
-def _compare_files(
-    source: TensorSource, plan: Outline, folder: Path, dtypes: dict[str, torch.dtype], done: Exported
-) -> None:
-    """Every tensor of the files against the source, row by row, through the safetensors package."""
-    unequal: set[str] = set()
-    with ExitStack() as stack:
-        files = [stack.enter_context(safe_open(folder / name, "pt")) for name in done.files]
-        place = {key: file for file in files for key in file.keys()}  # noqa: SIM118
-        wanted = {piece.key for pieces in plan.pieces.values() for piece in pieces}
-        unequal |= place.keys() ^ wanted
-
-        def compare(key: str, first_row: int, rows: Tensor) -> None:
-            if key not in place:
-                return
-            if rows.ndim:
-                found = place[key].get_slice(key)[first_row : first_row + len(rows)]
-            else:
-                found = place[key].get_tensor(key)
-            if not _same_bits(found, rows):
-                unequal.add(key)
-
-        for name in plan.shapes:
-            for bounds, rows in _runs(source, plan, name):
-                _write_pieces(compare, plan, name, bounds, rows.to(dtypes[name]))
-    done.compared = len(wanted - unequal)
-    done.differences += [f"{key} in the files" for key in sorted(unequal)]
-
-
-def _compare_reloaded(
-    source: TensorSource, plan: Outline, folder: Path, dtypes: dict[str, torch.dtype], done: Exported
-) -> None:
-    """Load the folder as a user would, strictly, and compare what transformers made of it by the model's own names."""
-    from transformers import AutoModelForCausalLM
-
-    needed, free = int(done.weight_bytes * _RELOAD_FACTOR), psutil.virtual_memory().available
-    if needed > free:
-        done.notes.append(
-            f"Not loaded through transformers, which would take {needed:,} bytes of memory ({free:,} are free); the "
-            f"files themselves were compared."
-        )
-        return
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, output_loading_info=True, dtype="auto", local_files_only=True, trust_remote_code=False
-        )
-    except Exception as error:  # whatever a user would meet
-        done.differences.append(f"transformers cannot load the folder: {error}")
-        return
-    model, report = loaded
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
-        done.differences += [
-            f"{name}: transformers reports {kind}" for name in sorted(map(str, report.get(kind) or []))
-        ]
-    state = model.state_dict()
-    done.reloaded = 0
-    for name in plan.shapes:
-        same = name in state and tuple(state[name].shape) == plan.shapes[name]
-        for bounds, rows in _runs(source, plan, name):
-            # Read on where it is known to differ: a live source's ranks count on it.
-            same = same and _same_bits(state[name][tuple(slice(*p) for p in bounds)], rows.to(dtypes[name]))
-        done.reloaded += same
-        done.differences += [] if same else [f"{name} as transformers loads it"]
 
 
 def _choose(models: dict[str, dict[str, Any]], asked: str | None) -> tuple[str, dict[str, Any]]:

@@ -1,23 +1,27 @@
 """Fetch a model from the Hugging Face hub, or a mirror, into a plain folder, and check every file's hash.
 
 Only what loading needs: safetensors and their index, config, generation config, tokenizer. The same weights in other
-formats are left alone. huggingface_hub does the fetching and resumes what was broken off; nothing here runs code from
-the repository.
+formats are left alone. huggingface_hub fetches, and tries again where a connection breaks; that what has come is what
+was listed, and no more, is looked after here. Nothing here runs code from the repository.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+
+from typing_extensions import override
 
 from lightning_npu_tp.checkpoint.files import size_in_words
+from lightning_npu_tp.checkpoint.locks import hold
 from lightning_npu_tp.errors import CheckpointError, ConfigError
 
 _WANTED = (
@@ -47,6 +51,11 @@ class RemoteFile:
     sha256: str | None
     git_hash: str | None
 
+    @property
+    def has_hash(self) -> bool:
+        """Whether the hub says which content it has, so that a copy can be verified."""
+        return bool(self.sha256 or self.git_hash)
+
 
 @dataclass(frozen=True)
 class Listing:
@@ -63,7 +72,7 @@ class Listing:
 
     @property
     def bytes(self) -> int:
-        """Of all files."""
+        """Bytes of all files together."""
         return sum(file.bytes for file in self.files)
 
 
@@ -86,10 +95,12 @@ def list_repository(
     CheckpointError where the hub cannot be reached.
     """
     from huggingface_hub import HfApi
+    from huggingface_hub.constants import HF_HUB_DOWNLOAD_TIMEOUT
 
     api = HfApi(endpoint=endpoint, token=token)
     with _explained(repo_id, revision, endpoint):
-        info = api.model_info(repo_id, revision=revision, files_metadata=True)
+        # Without a time-out the client waits for ever.
+        info = api.model_info(repo_id, revision=revision, files_metadata=True, timeout=HF_HUB_DOWNLOAD_TIMEOUT)
     siblings = info.siblings or []
     wanted = [file for file in siblings if is_wanted(file.rfilename)]
     if not any(file.rfilename.endswith(".safetensors") for file in wanted):
@@ -115,7 +126,6 @@ def require_space(listing: Listing, folder: Path) -> int:
     """Free bytes where `folder` is or will be. Raises ConfigError if what is not there yet does not fit."""
     existing = next(place for place in [folder.absolute(), *folder.absolute().parents] if place.exists())
     needed = sum(file.bytes for file in listing.files if not _has_size(folder / file.name, file.bytes))
-    needed -= sum(part.stat().st_size for file in listing.files if (part := _part(folder, file)).exists())
     free = shutil.disk_usage(existing).free
     if needed > free:
         raise ConfigError(
@@ -137,62 +147,74 @@ def fetch(
     token: str | None = None,
     tell: Callable[[str], None] = lambda line: None,
 ) -> None:
-    """Fetch what is missing and verify every file; call it again to go on after an interruption.
+    """Fetch the files that are missing or not right, one after the other; a call after an interruption goes on.
 
-    tell: is told each file when it is there.
-    Raises CheckpointError that names a file which is broken off, or not what the hub says it is.
+    tell: is told each file when it is there, and whether its hash was compared.
+    Raises CheckpointError that names a file which is broken off, or not what the hub says it is, and for a folder into
+    which another process is downloading.
     """
+    from huggingface_hub import hf_hub_download
+
     folder.mkdir(parents=True, exist_ok=True)
-    for number, file in enumerate(listing.files, start=1):
-        path = folder / file.name
-        if not (_has_size(path, file.bytes) and _hash_is_right(path, file)):
-            with _explained(listing.repo_id, listing.commit, endpoint, path):
-                _fetch_one(listing, file, _part(folder, file), endpoint, token)
-            _require_right(_part(folder, file), path, file)
-            os.replace(_part(folder, file), path)
-        tell(f"{number}/{len(listing.files)} {file.name}: {size_in_words(file.bytes)}, verified")
+    with hold(folder.absolute(), "downloading"):
+        for left in folder.glob(".cache/huggingface/download/*.incomplete"):
+            # Of a call that was killed; huggingface_hub does not go on with it.
+            left.unlink()
+        for number, file in enumerate(listing.files, start=1):
+            path = folder / file.name
+            if not _is_right(path, file):
+                with _explained(listing.repo_id, listing.commit, endpoint, path):
+                    hf_hub_download(
+                        listing.repo_id,
+                        file.name,
+                        revision=listing.commit,
+                        local_dir=folder,
+                        endpoint=endpoint,
+                        token=token,
+                        # A file that is there and damaged would be taken for good.
+                        force_download=True,
+                        tqdm_class=_bar_that_ends_at(file.bytes),
+                    )
+                _require_right(path, file)
+            how = "verified" if file.has_hash else "its size is right, the hub gives no hash"
+            tell(f"{number}/{len(listing.files)} {file.name}: {size_in_words(file.bytes)}, {how}")
     _require_indexed(folder, listing.files)
 
 
-def _part(folder: Path, file: RemoteFile) -> Path:
-    """Where a file is until it is whole; another version of it has another name."""
-    return folder / f".{file.name}.{(file.sha256 or file.git_hash or 'unknown')[:12]}.part"
+def _bar_that_ends_at(size: int) -> Any:
+    """A progress bar for huggingface_hub that raises when more than `size` bytes come: nothing else stops them."""
+    from huggingface_hub.utils import tqdm
+
+    class Bar(tqdm):
+        received = 0
+
+        @override
+        def update(self, n: float | None = 1) -> bool | None:
+            self.received += int(n or 0)
+            if self.received > size:
+                raise OSError(f"the server sends more than the {size:,} bytes that the hub names")
+            return super().update(n)
+
+    return Bar
 
 
-def _fetch_one(listing: Listing, file: RemoteFile, part: Path, endpoint: str | None, token: str | None) -> None:
-    """Append to `part` what it lacks."""
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url
-    from huggingface_hub.file_download import http_get
-    from huggingface_hub.utils import build_hf_headers
-
-    url = hf_hub_url(listing.repo_id, file.name, revision=listing.commit, endpoint=endpoint)
-    location = get_hf_file_metadata(url, token=token, endpoint=endpoint).location
-    headers = build_hf_headers(token=token)
-    if urlsplit(location).netloc != urlsplit(url).netloc:
-        # A content server: its address holds the permission, and the token is none of its business.
-        headers.pop("authorization", None)
-    if part.exists() and part.stat().st_size > file.bytes:
-        part.unlink()
-    with open(part, "ab") as stream:
-        http_get(location, stream, resume_size=stream.tell(), headers=headers, expected_size=file.bytes)
-        stream.flush()
-        os.fsync(stream.fileno())
+def _is_right(path: Path, file: RemoteFile) -> bool:
+    return _has_size(path, file.bytes) and _hash_is_right(path, file)
 
 
-def _require_right(part: Path, path: Path, file: RemoteFile) -> None:
-    size = part.stat().st_size
+def _require_right(path: Path, file: RemoteFile) -> None:
+    if _is_right(path, file):
+        return
+    size = path.stat().st_size
+    path.unlink()
+    what = "is not what the hub says it is: its hash differs"
     if size != file.bytes:
         what = f"has {size:,} bytes instead of {file.bytes:,}"
-    elif not _hash_is_right(part, file):
-        what = "is not what the hub says it is: its hash differs"
-    else:
-        return
-    part.unlink()
     raise CheckpointError(f"{path} {what}, and was removed. Run the download again; it fetches only this file anew.")
 
 
 def _hash_is_right(path: Path, file: RemoteFile) -> bool:
-    if file.sha256 is None and file.git_hash is None:
+    if not file.has_hash:
         return True
     digest = hashlib.sha256() if file.sha256 else hashlib.sha1(b"blob %d\0" % file.bytes, usedforsecurity=False)
     with open(path, "rb") as stream:
@@ -203,8 +225,6 @@ def _hash_is_right(path: Path, file: RemoteFile) -> bool:
 
 def _require_indexed(folder: Path, files: Iterable[RemoteFile]) -> None:
     """Every file that the index names must be among those that were fetched."""
-    import json
-
     index = folder / "model.safetensors.index.json"
     names = {file.name for file in files}
     if index.name not in names:
@@ -214,48 +234,38 @@ def _require_indexed(folder: Path, files: Iterable[RemoteFile]) -> None:
         raise CheckpointError(f"{index} names files that the repository does not hold: {', '.join(missing[:5])}.")
 
 
-class _explained:
+@contextmanager
+def _explained(repo_id: str, revision: str, endpoint: str | None, file: Path | None = None) -> Iterator[None]:
     """Errors of huggingface_hub and of the network become one sentence with what to do."""
+    from huggingface_hub import errors
 
-    def __init__(self, repo_id: str, revision: str, endpoint: str | None, file: Path | None = None) -> None:
-        self._what = f"{repo_id} (revision {revision})"
-        self._where = endpoint or os.environ.get("HF_ENDPOINT") or "the Hugging Face hub"
-        self._file = file
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        from huggingface_hub import errors
-
-        if error is None or not isinstance(error, Exception):
-            return
-        if isinstance(error, errors.GatedRepoError):
-            raise ConfigError(
-                f"{self._what} is gated: accept its terms on its page at {self._where}, then run `hf auth login` or "
-                f"name the variable that holds your token with --token-env."
-            ) from error
-        if isinstance(error, errors.RepositoryNotFoundError):
-            raise ConfigError(
-                f"{self._what} was not found at {self._where}: the name (OWNER/NAME) is wrong, or it is private and "
-                f"needs a token (--token-env)."
-            ) from error
-        if isinstance(error, errors.RevisionNotFoundError):
-            raise ConfigError(
-                f"{self._what} was not found: the repository has no such revision (--revision)."
-            ) from error
-        if isinstance(error, errors.HFValidationError):
-            raise ConfigError(f"{self._what}: {error}") from error
+    where = endpoint or os.environ.get("HF_ENDPOINT") or "the Hugging Face hub"
+    # The first that fits: some are kinds of others.
+    mistakes = {
+        errors.GatedRepoError: f" is gated: accept its terms on its page at {where}, then run `hf auth login` or name "
+        f"the variable that holds your token with --token-env.",
+        errors.RepositoryNotFoundError: f" was not found at {where}: the name (OWNER/NAME) is wrong, or it is private "
+        f"and needs a token (--token-env).",
+        errors.RevisionNotFoundError: " was not found: the repository has no such revision (--revision).",
+        errors.HFValidationError: "",
+    }
+    try:
+        yield
+    except Exception as error:
+        for kind, mistake in mistakes.items():
+            if isinstance(error, kind):
+                raise ConfigError(f"{repo_id} (revision {revision}){mistake or f': {error}'}") from error
         if isinstance(error, errors.OfflineModeIsEnabled):
             raise CheckpointError(
                 "HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) is set, so nothing is fetched. Unset it, or copy the model's "
                 "folder here by hand."
             ) from error
-        if isinstance(error, OSError) and getattr(error, "errno", None) is not None and self._file is not None:
-            raise CheckpointError(f"{self._file} cannot be written: {error.strerror}.") from error
-        about = f" while fetching {self._file.name}" if self._file is not None else ""
+        if isinstance(error, OSError) and error.errno is not None and file is not None:
+            raise CheckpointError(f"{file} cannot be written: {error.strerror}.") from error
+        about = f" while fetching {file.name}" if file is not None else ""
         raise CheckpointError(
-            f"{self._where} cannot be reached, or broke off{about} ({type(error).__name__}: "
-            f"{' '.join(str(error).split())[:200]}). Run the command again to go on where it stopped; a mirror is set "
-            f"with --endpoint, a proxy with HTTPS_PROXY. Without a network, copy the model's folder here by hand."
+            f"{where} cannot be reached, or broke off{about} ({type(error).__name__}: "
+            f"{' '.join(str(error).split())[:200]}). Run the command again to go on with the files that are missing; a "
+            f"mirror is set with --endpoint, a proxy with HTTPS_PROXY. Without a network, copy the model's folder here "
+            f"by hand."
         ) from error

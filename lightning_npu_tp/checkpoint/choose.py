@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_npu_tp.checkpoint.files import in_place
-from lightning_npu_tp.checkpoint.manifest import age_key, incomplete, is_before_manifests, newest_complete, verify
+from lightning_npu_tp.checkpoint.manifest import age_key, newest_complete, problem
 from lightning_npu_tp.errors import CheckpointError
 
 AUTO, LAST, BEST = "auto", "last", "best"
@@ -55,7 +55,7 @@ def choose(trainer: Trainer, word: str, path: Path, *, checksums: bool) -> Path 
         return newest_in(checkpoint_folders(trainer), checksums=checksums)
     # ModelCheckpoint's save_last="link" is a link; its target is looked at and named.
     target = in_place(path).resolve()
-    if not (reason := _problem(target, checksums)):
+    if not (reason := problem(target, checksums=checksums)):
         return path
     _skip(target, reason)
     found = newest_in([path.parent], checksums=checksums, known_bad=target)
@@ -75,7 +75,7 @@ def folders_of(trainer: Trainer) -> list[Path]:
 
 
 def checkpoint_folders(trainer: Trainer) -> list[Path]:
-    """The same. Raises CheckpointError if there is none."""
+    """The folders into which the trainer's ModelCheckpoint callbacks save. Raises CheckpointError if there is none."""
     folders = folders_of(trainer)
     if not folders:
         raise CheckpointError(
@@ -97,13 +97,6 @@ def newest_in(folders: Sequence[Path], *, checksums: bool, known_bad: Path | Non
 
     found = [newest_complete(folder, skipped=skipped, checksums=checksums) for folder in folders]
     return max((path for path in found if path is not None), key=age_key, default=None)
-
-
-def _problem(path: Path, checksums: bool) -> str:
-    reason = incomplete(path)
-    if not reason and checksums and not is_before_manifests(path):
-        reason = "; ".join(verify(path))
-    return reason
 
 
 def _skip(path: Path, reason: str) -> None:

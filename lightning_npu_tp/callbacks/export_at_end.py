@@ -18,7 +18,7 @@ from typing_extensions import override
 
 from lightning_npu_tp.errors import CheckpointError, ConfigError
 from lightning_npu_tp.models.families.registry import FAMILIES, find_models
-from lightning_npu_tp.weights.export import DTYPES, Exported, export_source, require_free
+from lightning_npu_tp.weights.hf_export import DTYPES, Exported, export_source, require_free
 from lightning_npu_tp.weights.hf_folder import outline, tokenizer_files
 from lightning_npu_tp.weights.live_source import LiveSource
 
