@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from math import prod
 
 from lightning_npu_tp.convert.data_parallel import DataParallel
+from lightning_npu_tp.convert.shard_spec import ShardSpec, size_of
 from lightning_npu_tp.estimates.layer_memory import (
     CAUSAL_MASK,
     Beside,
@@ -29,7 +30,7 @@ from lightning_npu_tp.estimates.layer_memory import (
     most_forward,
 )
 from lightning_npu_tp.parallel.layout import Layout
-from lightning_npu_tp.parallel.plan import Rule, chunk_bounds
+from lightning_npu_tp.parallel.plan import Rule
 from lightning_npu_tp.parallel.recompute import Recompute
 
 
@@ -98,26 +99,15 @@ def rank_memory(
     in_blocks: bytes as an allocator counts them (`blocks`): parameters first, then gradients from the last to the
         first, then the states of one parameter after the other.
     """
-    elements = 0
-    sizes: list[int] = []
-    for name, shape in shapes.items():
-        rule = rules[name]
-        ranks = layout.expert if rule.axis == "expert" else layout.tensor
-        own = rule.local_shape(shape, rank % ranks, ranks)
-        if data_parallel == "shard":
-            replicas = layout.world // ranks
-            # As `parallelize_over_data` does: experts by their width where there are fewer of them than replicas.
-            dim = 1 if rule.axis == "expert" and own[0] < replicas else 0
-            start, stop = chunk_bounds(own[dim], rank // ranks, replicas)
-            own = (*own[:dim], stop - start, *own[dim + 1 :])
-        elements += prod(own)
-        sizes.append(prod(own) * bytes_per_element)
+    specs = (ShardSpec.of(rules[name], shape, layout, rank, data_parallel) for name, shape in shapes.items())
+    elements = [prod(size_of(spec.held)) for spec in specs]
+    sizes = [number * bytes_per_element for number in elements]
     count: Callable[[Iterable[int]], int] = blocks if in_blocks else sum
     held = count(sizes)
     with_gradients = count([*sizes, *reversed(sizes)])
     states = [size for size in sizes for _ in range(optimizer_states)]
     return RankMemory(
-        parameters=elements,
+        parameters=sum(elements),
         parameter_bytes=held,
         gradient_bytes=with_gradients - held,
         optimizer_bytes=count([*sizes, *reversed(sizes), *states]) - with_gradients,
