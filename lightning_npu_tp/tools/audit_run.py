@@ -80,7 +80,7 @@ def audit(
         if not request.unconverted:
             resolve_dispatch(request.layout, request.options.dispatch)
             check_layout(request.config, request.layout, own)
-        small = shrink(request.config, request.layout)
+        small = shrink(request.config, request.layout, own)
         small._experts_implementation = None
         request = Request(**{**vars(request), "config": small})
         ranks = run(audit_model, request.layout.world, request, timeout=timeout)
