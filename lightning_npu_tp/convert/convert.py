@@ -165,7 +165,7 @@ def convert(
 
 @dataclass(frozen=True)
 class _Setup:
-    """What the models of one `convert` have in common; see there."""
+    """The arguments that `convert` hands to the conversion of each model."""
 
     meshes: Meshes
     groups: Groups
@@ -242,7 +242,7 @@ def _names(model: nn.Module) -> dict[str, tuple[str, ...]]:
 def _context(model: nn.Module, config: Any, setup: _Setup) -> BuildContext:
     """What constructors may use; gives the model a config of its own, as the caller's may serve another model too."""
     options, layout = setup.options, setup.meshes.layout
-    own = copy.deepcopy(config)
+    dispatch, own = resolve_dispatch(layout, options.dispatch), copy.deepcopy(config)
     if own is not None:
         own._attn_implementation = ATTENTION_NAME
         for module in model.modules():
@@ -252,7 +252,7 @@ def _context(model: nn.Module, config: Any, setup: _Setup) -> BuildContext:
         region=options.region(setup.groups, sequence_parallel=options.sequence_parallel and layout.tensor > 1),
         kernels=setup.kernels,
         config=own,
-        dispatch=resolve_dispatch(layout, options.dispatch),
+        dispatch=dispatch,
         recompute=options.recompute,
     )
 

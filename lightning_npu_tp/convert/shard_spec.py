@@ -43,7 +43,7 @@ class ShardSpec:
         data_parallel: DataParallel = "shard",
         meshes: Meshes | None = None,
     ) -> ShardSpec:
-        """Of a parameter of global `shape` on global `rank` of `layout`."""
+        """The spec of a parameter of global `shape` on global `rank` of `layout`."""
         is_expert = rule.axis == "expert"
         ranks = layout.expert if is_expert else layout.tensor
         replicas = layout.world // ranks

@@ -35,7 +35,7 @@ _LATENT = "one latent serves every head"
 
 
 def frame_rules() -> dict[str, Rule]:
-    """Embedding, head and the norms between the layers."""
+    """Rules of embedding, head and the norms between the layers."""
     row_norm = Replicated(why="one vector; normalises whole rows", init="ones")
     return {
         "model.embed_tokens.weight": Vocab(),
@@ -46,7 +46,7 @@ def frame_rules() -> dict[str, Rule]:
 
 
 def grouped_query_rules(*, input_bias: bool = False, output_bias: bool = False) -> dict[str, Rule]:
-    """Attention with q, k, v and o projections; biases of the first three, and of the last."""
+    """Rules of attention with q, k, v and o projections; biases of the first three, and of the last."""
     projections = {
         "*.self_attn.q_proj": "head",
         "*.self_attn.k_proj": "key head",
@@ -62,13 +62,13 @@ def grouped_query_rules(*, input_bias: bool = False, output_bias: bool = False) 
 
 
 def head_norm_rules() -> dict[str, Rule]:
-    """Norms of queries and keys, each head by itself."""
+    """Rules of norms of queries and keys, each head by itself."""
     rule = Replicated(why="one vector for every head; its gradient is summed over the heads of all ranks", init="ones")
     return {"*.self_attn.q_norm.weight": rule, "*.self_attn.k_norm.weight": rule}
 
 
 def latent_rules(config: Any) -> dict[str, Rule]:
-    """Multi-head latent attention, with and without a query latent."""
+    """Rules of multi-head latent attention, with and without a query latent."""
     heads, latent = Columns(unit="head", why=_HEADS), Replicated(why=_LATENT)
     rules = {
         "*.self_attn.kv_a_proj_with_mqa.weight": latent,
@@ -89,7 +89,7 @@ def latent_rules(config: Any) -> dict[str, Rule]:
 
 
 def mlp_rules(prefix: str = "*.mlp", *, bias: bool = False) -> dict[str, Rule]:
-    """A gated MLP at `prefix`."""
+    """Rules of a gated MLP at `prefix`."""
     rules = {
         f"{prefix}.gate_proj.weight": Columns(),
         f"{prefix}.up_proj.weight": Columns(),
@@ -103,7 +103,7 @@ def mlp_rules(prefix: str = "*.mlp", *, bias: bool = False) -> dict[str, Rule]:
 
 
 def expert_rules() -> dict[str, Rule]:
-    """Router and routed experts."""
+    """Rules of router and routed experts."""
     return {
         "*.mlp.gate.weight": Replicated(why="every rank routes every token it sees"),
         _GATE_UP: Experts(),
@@ -112,7 +112,10 @@ def expert_rules() -> dict[str, Rule]:
 
 
 def feed_forward_rules(config: Any, num_sparse: int, *, bias: bool = False, shared: str = "") -> dict[str, Rule]:
-    """Dense MLPs and mixtures of experts, as many as there are; shared: pattern of the mixtures' shared MLP."""
+    """Rules of dense MLPs and of mixtures of experts, where there are any.
+
+    shared: pattern of the mixtures' shared MLP; "" for none.
+    """
     rules = mlp_rules(bias=bias) if num_sparse < config.num_hidden_layers else {}
     if num_sparse:
         rules |= expert_rules() | (mlp_rules(shared, bias=bias) if shared else {})
@@ -179,54 +182,42 @@ def decoder_family(
     checks:    raise ConversionError for a family and config with other numbers; positions are checked anyway.
     record:    what else `ModelFamily` has.
     """
-    moe_class = moe_class or f"{prefix}SparseMoeBlock"
+    attentions, norms, mlps = (f"{prefix}{kind}" for kind in ("Attention", "RMSNorm", "MLP"))
+    rotary, moes = f"{prefix}RotaryEmbedding", moe_class or f"{prefix}SparseMoeBlock"
+    swaps: dict[str, Constructor] = {
+        "Embedding": lambda source, context: VocabEmbedding(source, context.region),
+        "Linear": lambda source, context: VocabHead(source, context.region),
+        rotary: lambda source, context: RotaryTables(source),
+        attentions: attention,
+        norms: _norm,
+        mlps: dense_mlp,
+    }
+    if moe is not None:
+        swaps[moes] = moe
+        record = {"keys": lambda config: KeyTable(entries=expert_keys())} | record
 
     def units(config: Any) -> dict[str, int]:
         return heads(config) | ({"expert": family.num_experts(config)} if family.num_sparse_layers(config) else {})
 
     def expected(config: Any) -> dict[str, int]:
-        sparse = family.num_sparse_layers(config)
-        return frame_counts(prefix, config) | {f"{prefix}MLP": config.num_hidden_layers - sparse, moe_class: sparse}
+        layers, sparse = config.num_hidden_layers, family.num_sparse_layers(config)
+        around = {"Embedding": 1, "Linear": 1, rotary: 1, norms: 2 * layers + 1}
+        return around | {attentions: layers, mlps: layers - sparse, moes: sparse}
 
     def check(config: Any) -> None:
         for one in (check_positions, *checks):
             one(family.name, config)
 
-    mlps = {f"{prefix}MLP": dense_mlp} | ({} if moe is None else {moe_class: moe})
-    if moe is not None:
-        record = {"keys": lambda config: KeyTable(entries=expert_keys())} | record
     family = ModelFamily(
         model_class=f"{prefix}ForCausalLM",
         units=units,
         expected=expected,
         check=check,
         mixins=MIXINS,
-        swaps=frame_swaps(prefix, attention) | mlps,
+        swaps=swaps,
         **record,
     )
     return family
-
-
-def frame_counts(prefix: str, config: Any) -> dict[str, int]:
-    """How many modules conversion replaces around the MLPs, in a decoder whose classes start with `prefix`."""
-    return {
-        "Embedding": 1,
-        "Linear": 1,
-        f"{prefix}RotaryEmbedding": 1,
-        f"{prefix}Attention": config.num_hidden_layers,
-        f"{prefix}RMSNorm": 2 * config.num_hidden_layers + 1,
-    }
-
-
-def frame_swaps(prefix: str, attention: Constructor) -> dict[str, Constructor]:
-    """Constructors of what replaces the modules of `frame_counts`."""
-    return {
-        "Embedding": lambda source, context: VocabEmbedding(source, context.region),
-        "Linear": lambda source, context: VocabHead(source, context.region),
-        f"{prefix}RotaryEmbedding": lambda source, context: RotaryTables(source),
-        f"{prefix}Attention": attention,
-        f"{prefix}RMSNorm": _norm,
-    }
 
 
 def _norm(source: Any, context: BuildContext) -> nn.Module:
@@ -234,17 +225,17 @@ def _norm(source: Any, context: BuildContext) -> nn.Module:
 
 
 def latent_attention(source: Any, context: BuildContext) -> nn.Module:
-    """Multi-head latent attention."""
+    """Constructor of multi-head latent attention."""
     return MLAttention(source, context.region, context.kernels)
 
 
 def grouped_attention(source: Any, context: BuildContext, **settings: Any) -> nn.Module:
-    """Grouped-query attention; settings: of `GroupedQueryAttention`."""
+    """Constructor of grouped-query attention; settings: of `GroupedQueryAttention`."""
     return GroupedQueryAttention(source, context.region, context.kernels, **settings)
 
 
 def dense_mlp(source: Any, context: BuildContext) -> nn.Module:
-    """A gated MLP."""
+    """Constructor of a gated MLP that is a layer's own."""
     return ShardedMLP(source, context.region)
 
 
