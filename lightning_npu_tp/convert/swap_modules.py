@@ -66,7 +66,8 @@ def swap_modules(swaps: list[Swap], family: ModelFamily, context: BuildContext) 
 def _order_as(module: nn.Module, source: nn.Module) -> None:
     """Put what `module` has registered into the order of `source`; what that does not have comes last.
 
-    Optimizer states in a consolidated checkpoint go by number: another order gives them to other parameters.
+    torch's optimizers match saved states to parameters by their order: in another one a checkpoint of one file does not
+    load into transformers' own model.
     """
     for kind in ("_modules", "_parameters", "_buffers"):
         own, other = getattr(module, kind), getattr(source, kind)

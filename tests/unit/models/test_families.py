@@ -66,7 +66,7 @@ def test_every_module_that_needs_it_is_swapped_and_names_and_their_order_stay(al
     assert report.family == name
     assert report.swapped == {"Embedding": 1, "Linear": 1, rotary: 1, **COUNTS[name]}
     assert [(key, value.shape) for key, value in model.state_dict().items()] == state
-    # A checkpoint of one file holds the optimizer's states by number.
+    # An optimizer that loads a checkpoint of one file goes by the order.
     assert [key for key, _ in model.named_parameters()] == parameters
     assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
 
