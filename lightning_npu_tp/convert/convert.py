@@ -3,35 +3,33 @@
 For every supported model found: check the sizes, swap the modules that compute differently, match
 each parameter to its rule, and replace it by a DTensor whose local part lies on this rank's device.
 Parameters on the meta device are filled from the seed and their name (`initial_weights.py`); parameters that
-hold weights keep them; a model that `weights_from` marked is filled from files. Names stay as they were.
+hold weights keep them; a model with a source (`weight_source.py`) is filled by it. Names and their order stay.
 """
 
 from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 
-from lightning_npu_tp.checkpoint.peers import Peers
 from lightning_npu_tp.convert.data_parallel import (
     DATA_PARALLEL,
     DataParallel,
     allocate_shards,
     parallelize_over_data,
     rebind_groups,
-    shared_by_fsdp,
+    set_parameter,
 )
 from lightning_npu_tp.convert.initial_weights import initial_shard, stream_seed
-from lightning_npu_tp.convert.shard_bounds import mesh_of, targets_of
+from lightning_npu_tp.convert.shard_spec import ShardSpec, size_of
 from lightning_npu_tp.convert.swap_modules import find_swaps, swap_modules
+from lightning_npu_tp.convert.weight_source import Target, source_of
 from lightning_npu_tp.errors import ConfigError, ConversionError
 from lightning_npu_tp.kernels import Kernels
 from lightning_npu_tp.models.families.family import BuildContext, ModelFamily
@@ -50,7 +48,6 @@ from lightning_npu_tp.parallel.plan import Rule, chunk_bounds, match_plan
 from lightning_npu_tp.parallel.recompute import RECOMPUTE, Recompute, recompute_layers
 from lightning_npu_tp.parallel.tensor_region import Region
 from lightning_npu_tp.parallel.tensor_region import local as local_part
-from lightning_npu_tp.weights.load import LoadReport, fill, is_left_to_checkpoint, marked_folder
 
 _RECORD = "_lightning_npu_tp"
 
@@ -97,7 +94,7 @@ class ConversionReport:
     rules:             parameter name -> rule.
     layout, groups:    what it was sharded for, and the groups that its modules use.
     dispatch:          how tokens reach their experts; "none" for a model without any.
-    loaded:            what was read from files; None for a model that was not.
+    loaded:            what the model's source tells of its filling; None for a model without.
     """
 
     model: str
@@ -110,7 +107,7 @@ class ConversionReport:
     local_parameters: int = 0
     local_bytes: int = 0
     rules: dict[str, Rule] = field(default_factory=dict)
-    loaded: LoadReport | None = None
+    loaded: Any = None
 
 
 def check_sizes(family: ModelFamily, config: object, rules: dict[str, Rule], shapes: dict, layout: Layout) -> None:
@@ -161,101 +158,61 @@ def convert(
 
     Every rank calls it. Raises ConversionError and ConfigError before any module is changed.
     """
-    reports = []
-    for name, model, family in list(find_models(root, (*families, *FAMILIES))):
-        if not hasattr(model, _RECORD):
-            settings = (options or Options(), device, dtype, seed)
-            reports.append(_convert_one(name, model, family, meshes, groups, kernels, *settings))
-    return reports
+    setup = _Setup(meshes, groups, kernels, options or Options(), device, dtype, seed)
+    found = list(find_models(root, (*families, *FAMILIES)))
+    return [_convert_one(name, model, family, setup) for name, model, family in found if not hasattr(model, _RECORD)]
 
 
-def _convert_one(
-    model_name: str,
-    model: nn.Module,
-    family: ModelFamily,
-    meshes: Meshes,
-    groups: Groups,
-    kernels: Kernels,
-    options: Options,
-    device: torch.device,
-    dtype: torch.dtype | None,
-    seed: int,
-) -> ConversionReport:
-    config = getattr(model, "config", None)
+@dataclass(frozen=True)
+class _Setup:
+    """The arguments that `convert` hands to the conversion of each model."""
+
+    meshes: Meshes
+    groups: Groups
+    kernels: Kernels
+    options: Options
+    device: torch.device
+    dtype: torch.dtype | None
+    seed: int
+
+
+def _convert_one(model_name: str, model: nn.Module, family: ModelFamily, setup: _Setup) -> ConversionReport:
+    config, layout = getattr(model, "config", None), setup.meshes.layout
     family.check(config)
-    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-    tied = _tied_names(model)
-    rules = match_plan(family.plan(config), names, family=family.name)
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
-    check_sizes(family, config, rules, shapes, meshes.layout)
+    specs = _specs(model, family, config, setup)
     swaps = find_swaps(model, family, config)
-    padding_rows = {
-        f"{name}.weight" if name else "weight": module.padding_idx
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Embedding) and module.padding_idx is not None
-    }
 
-    folder = marked_folder(model)
-    own_buffers = {name for name in model.state_dict() if name not in shapes}
-    own_config = _own_config(model, config)
-    report = ConversionReport(model=model_name, family=family.name, layout=meshes.layout, groups=groups, rules=rules)
-    region = options.region(groups, sequence_parallel=options.sequence_parallel and meshes.layout.tensor > 1)
-    dispatch = resolve_dispatch(meshes.layout, options.dispatch)
+    # From here on the model changes.
+    names, buffers = _names(model), model.state_dict().keys() - specs.keys()
+    rules = {name: spec.rule for name, spec in specs.items()}
+    report = ConversionReport(model=model_name, family=family.name, layout=layout, groups=setup.groups, rules=rules)
+    context = _context(model, config, setup)
     if any(rule.axis == "expert" for rule in rules.values()):
-        report.dispatch = dispatch
-    report.swapped = swap_modules(
-        swaps,
-        family,
-        BuildContext(region=region, kernels=kernels, config=own_config, dispatch=dispatch, recompute=options.recompute),
-    )
+        report.dispatch = context.dispatch
+    report.swapped = swap_modules(swaps, family, context)
     for path, mixin in family.mixins.items():
         become(model.get_submodule(path), mixin)
-        model.get_submodule(path).region = region  # type: ignore[assignment]
-    left = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    assert left == set(names), f"swapping changed parameter names: {sorted(left ^ set(names))}"
+        model.get_submodule(path).region = context.region  # type: ignore[assignment]
+    left = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    assert left == list(specs), f"swapping changed parameters' names or their order: {left} were {list(specs)}"
 
-    std = getattr(own_config, "initializer_range", 0.02)
-    sharded: dict[str, nn.Parameter] = {}
-    for name in names:
-        first = tied.get(name, name)
-        if first not in sharded:
-            parameter = model.get_parameter(name)
-            rule, mesh = rules[name], mesh_of(rules[name], meshes)
-            full_shape, target = shapes[name], dtype or parameter.dtype
-            if folder is not None:
-                shape = rule.local_shape(full_shape, mesh.get_local_rank(), mesh.size())
-                # FSDP would copy what it shares out, and twice the memory is what nobody has.
-                waits = shared_by_fsdp(meshes, options.data_parallel, experts=rule.axis == "expert")
-                local = torch.empty(shape, dtype=target, device="meta" if waits else device)
-            elif parameter.is_meta:
-                local = initial_shard(name, full_shape, rule, mesh.get_local_rank(), mesh.size(), seed=seed, std=std)
-                if name in padding_rows:
-                    start, stop = chunk_bounds(full_shape[0], mesh.get_local_rank(), mesh.size())
-                    if start <= padding_rows[name] < stop:
-                        local[padding_rows[name] - start] = 0
-                local = local.to(device=device, dtype=target)
-            else:
-                local = _shard_of_existing(parameter.detach(), rule, mesh, device, target)
-            tensor = DTensor.from_local(
-                local,
-                mesh,
-                (rule.placement,),
-                run_check=False,
-                shape=torch.Size(full_shape),
-                stride=_strides(full_shape),
-            )
-            sharded[first] = nn.Parameter(tensor, requires_grad=parameter.requires_grad)
-            report.parameters += parameter.numel()
-        _set_parameter(model, name, sharded[first])
-    if options.recompute == "block":
-        recompute_layers(model, region, own_config)
-    if meshes.layout.data > 1:
-        parallelize_over_data(model, family.layers, meshes, options.data_parallel)
-    if folder is not None:
-        allocate_shards(model, device)
-        targets = targets_of(model, names, shapes, tied, rules, meshes, own_buffers)
-        only_check, keys = is_left_to_checkpoint(model), family.keys(own_config)
-        report.loaded = fill(folder, targets, keys, family=family.name, peers=Peers(), only_check=only_check)
+    source = source_of(model)
+    std = getattr(context.config, "initializer_range", 0.02)
+    for first, aliases in names.items():
+        parameter, spec = model.get_parameter(first), specs[first]
+        report.parameters += parameter.numel()
+        part = _waiting_part(parameter, spec, setup) if source else _own_part(model, first, spec, setup, std)
+        sharded = nn.Parameter(spec.placed(part), requires_grad=parameter.requires_grad)
+        for name in aliases:
+            set_parameter(model, name, sharded)
+    if setup.options.recompute == "block":
+        recompute_layers(model, context.region, context.config)
+    if layout.data > 1:
+        parallelize_over_data(model, family.layers, setup.meshes, setup.options.data_parallel)
+    if source:
+        allocate_shards(model, setup.device)
+        targets = _targets(model, names, specs, buffers)
+        report.loaded = source.fill(targets, family.keys(context.config), family=family.name)
     for parameter in model.parameters():
         own = local_part(parameter)
         report.local_parameters += own.numel()
@@ -264,47 +221,85 @@ def _convert_one(
     return report
 
 
-def _strides(shape: Sequence[int]) -> tuple[int, ...]:
-    return torch.empty(tuple(shape), device="meta").stride()
+def _specs(model: nn.Module, family: ModelFamily, config: object, setup: _Setup) -> dict[str, ShardSpec]:
+    """Where each parameter will lie, by name. Raises ConversionError without a rule, ConfigError for a cut unit."""
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
+    rules = match_plan(family.plan(config), shapes, family=family.name)
+    layout, rank = setup.meshes.layout, setup.meshes.dense.get_rank()
+    check_sizes(family, config, rules, shapes, layout)
+    how = setup.options.data_parallel
+    return {name: ShardSpec.of(rules[name], shapes[name], layout, rank, how, setup.meshes) for name in shapes}
 
 
-def _tied_names(model: nn.Module) -> dict[str, str]:
-    """Name -> first name of the same parameter, for parameters that several modules share."""
-    first: dict[int, str] = {}
-    return {name: first.setdefault(id(p), name) for name, p in model.named_parameters(remove_duplicate=False)}
+def _names(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """First name of each parameter -> all its names, in the model's order: several modules may share one."""
+    found: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        found.setdefault(id(parameter), []).append(name)
+    return {names[0]: tuple(names) for names in found.values()}
 
 
-def _own_config(model: nn.Module, config: Any) -> Any:
-    """Give the model a config of its own: the caller's object may serve another model too."""
-    if config is None:
-        return None
-    own = copy.deepcopy(config)
-    own._attn_implementation = ATTENTION_NAME
-    for module in model.modules():
-        if getattr(module, "config", None) is config:
-            module.config = own
-    return own
+def _context(model: nn.Module, config: Any, setup: _Setup) -> BuildContext:
+    """What constructors may use; gives the model a config of its own, as the caller's may serve another model too."""
+    options, layout = setup.options, setup.meshes.layout
+    dispatch, own = resolve_dispatch(layout, options.dispatch), copy.deepcopy(config)
+    if own is not None:
+        own._attn_implementation = ATTENTION_NAME
+        for module in model.modules():
+            if getattr(module, "config", None) is config:
+                module.config = own
+    return BuildContext(
+        region=options.region(setup.groups, sequence_parallel=options.sequence_parallel and layout.tensor > 1),
+        kernels=setup.kernels,
+        config=own,
+        dispatch=dispatch,
+        recompute=options.recompute,
+    )
 
 
-def _shard_of_existing(full: Tensor, rule: Rule, mesh: DeviceMesh, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """This rank's slice of a parameter that holds weights; rank 0's weights are everyone's.
+def _waiting_part(parameter: nn.Parameter, spec: ShardSpec, setup: _Setup) -> Tensor:
+    """This rank's part of a parameter that a source will fill, without values.
 
-    Random initialisation without a seed differs from rank to rank, hence the broadcast.
+    FSDP would copy what it shares out, and twice the memory is what nobody has: such a part waits without memory.
     """
-    full = full.to(device=device, dtype=dtype).contiguous()
+    device = "meta" if spec.is_shared else setup.device
+    return torch.empty(size_of(spec.bounds), dtype=setup.dtype or parameter.dtype, device=device)
+
+
+def _own_part(model: nn.Module, name: str, spec: ShardSpec, setup: _Setup, std: float) -> Tensor:
+    """This rank's part of a parameter: initial values on meta, else of the weights that it holds.
+
+    Rank 0's weights are everyone's: random initialisation without a seed differs from rank to rank.
+    """
+    full = model.get_parameter(name).detach()
+    if full.is_meta:
+        padding = getattr(model.get_submodule(name.rpartition(".")[0]), "padding_idx", None)
+        part = initial_shard(name, spec, seed=setup.seed, std=std, zero_row=padding)
+        return part.to(device=setup.device, dtype=setup.dtype or full.dtype)
+    full = full.to(device=setup.device, dtype=setup.dtype or full.dtype).contiguous()
     if dist.is_initialized() and dist.get_world_size() > 1:
         full = full.clone()
         dist.broadcast(full, src=0)
-    if rule.dim is None:
-        return full.clone()
-    start, stop = chunk_bounds(full.shape[rule.dim], mesh.get_local_rank(), mesh.size())
-    # A clone, so that the full tensor's memory goes.
-    return full.narrow(rule.dim, start, stop - start).clone(memory_format=torch.contiguous_format)
+    return spec.cut(full)
 
 
-def _set_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    owner, _, leaf = name.rpartition(".")
-    model.get_submodule(owner).register_parameter(leaf, parameter)
+def _targets(
+    model: nn.Module, names: dict[str, tuple[str, ...]], specs: dict[str, ShardSpec], buffers: Container[str]
+) -> list[Target]:
+    """Every parameter and persistent buffer, with the part of it that this rank holds.
+
+    buffers: those that transformers' model has; files may lack the others.
+    """
+    targets = []
+    for first, aliases in names.items():
+        part, spec = local_part(model.get_parameter(first)).detach(), specs[first]
+        assert part.shape == size_of(spec.held), f"{first}: {tuple(part.shape)} is not within {spec.held}"
+        targets.append(Target(aliases, spec.shape, spec.held, part))
+    for name, buffer in model.state_dict().items():
+        if name not in specs:
+            whole = tuple((0, size) for size in buffer.shape)
+            targets.append(Target((name,), tuple(buffer.shape), whole, buffer, optional=name not in buffers))
+    return targets
 
 
 def adopt(root: nn.Module, meshes: Meshes) -> list[Groups]:

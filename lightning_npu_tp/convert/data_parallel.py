@@ -56,12 +56,6 @@ def parallelize_over_data(model: nn.Module, layers: str, meshes: Meshes, how: Da
     _wrap(model, meshes.dense[DATA_AXIS], how, alone)
 
 
-def shared_by_fsdp(meshes: Meshes, how: DataParallel, *, experts: bool) -> bool:
-    """Whether `parallelize_over_data` leaves each rank a slice only of its dense parameters, or of its experts."""
-    layout = meshes.layout
-    return how == "shard" and layout.data > 1 and (not experts or layout.expert_replicas > 1)
-
-
 @torch.no_grad()
 def allocate_shards(model: nn.Module, device: torch.device) -> None:
     """Give memory to parameters that went through `parallelize_over_data` on the meta device; values are undefined."""
@@ -71,11 +65,16 @@ def allocate_shards(model: nn.Module, device: torch.device) -> None:
             if id(parameter) not in made:
                 filled = nn.Parameter(torch.empty_like(parameter, device=device), parameter.requires_grad)
                 made[id(parameter)] = filled
-            owner, _, leaf = name.rpartition(".")
-            model.get_submodule(owner).register_parameter(leaf, made[id(parameter)])
+            set_parameter(model, name, made[id(parameter)])
     for group in _fsdp_groups(model) if made else ():
         for shared in group.fsdp_params:
             shared.reset_sharded_param()
+
+
+def set_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Put `parameter` in the place of the one of that qualified name."""
+    owner, _, leaf = name.rpartition(".")
+    model.get_submodule(owner).register_parameter(leaf, parameter)
 
 
 def _fsdp_groups(root: nn.Module) -> list[Any]:

@@ -13,7 +13,7 @@ import hashlib
 import torch
 from torch import Tensor
 
-from lightning_npu_tp.parallel.plan import Rule, chunk_bounds
+from lightning_npu_tp.convert.shard_spec import ShardSpec, size_of
 
 
 def stream_seed(seed: int, name: str, index: int | None = None) -> int:
@@ -22,29 +22,27 @@ def stream_seed(seed: int, name: str, index: int | None = None) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 
-def _draw(shape: tuple[int, ...], std: float, seed: int) -> Tensor:
-    return torch.empty(shape).normal_(0.0, std, generator=torch.Generator().manual_seed(seed))
-
-
-def initial_shard(
-    name: str, shape: tuple[int, ...], rule: Rule, rank: int, ranks: int, *, seed: int, std: float
-) -> Tensor:
-    """Rank's part of a fresh parameter of global `shape`, float32 on the CPU, contiguous.
+def initial_shard(name: str, spec: ShardSpec, *, seed: int, std: float, zero_row: int | None = None) -> Tensor:
+    """The rank's part of a fresh parameter, float32 on the CPU, contiguous.
 
     Experts are drawn one by one, so that a rank never draws another's; other parameters are drawn
     whole and cut.
+
+    zero_row: global index in dim 0 that starts at zero: an embedding's padding.
     """
-    local_shape = rule.local_shape(shape, rank, ranks)
-    if rule.init != "normal":
-        return torch.ones(local_shape) if rule.init == "ones" else torch.zeros(local_shape)
-    if rule.axis == "expert":
-        start, stop = chunk_bounds(shape[0], rank, ranks)
-        experts = torch.empty(local_shape)
+
+    def draw(shape: tuple[int, ...], index: int | None = None) -> Tensor:
+        generator = torch.Generator().manual_seed(stream_seed(seed, name, index))
+        return torch.empty(shape).normal_(0.0, std, generator=generator)
+
+    if spec.rule.init != "normal":
+        return torch.full(size_of(spec.bounds), float(spec.rule.init == "ones"))
+    if spec.rule.axis == "expert":
+        experts, (start, stop) = torch.empty(size_of(spec.bounds)), spec.bounds[0]
         for index in range(start, stop):
-            experts[index - start] = _draw(shape[1:], std, stream_seed(seed, name, index))
+            experts[index - start] = draw(spec.shape[1:], index)
         return experts
-    whole = _draw(shape, std, stream_seed(seed, name))
-    if rule.dim is None:
-        return whole
-    start, stop = chunk_bounds(shape[rule.dim], rank, ranks)
-    return whole.narrow(rule.dim, start, stop - start).clone(memory_format=torch.contiguous_format)
+    whole = draw(spec.shape)
+    if zero_row is not None:
+        whole[zero_row] = 0
+    return spec.cut(whole)

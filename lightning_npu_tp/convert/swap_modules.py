@@ -53,10 +53,26 @@ def find_swaps(model: nn.Module, family: ModelFamily, config: object) -> list[Sw
 
 
 def swap_modules(swaps: list[Swap], family: ModelFamily, context: BuildContext) -> Counter[str]:
-    """Replace them in place; class name -> how many."""
+    """Replace them in place; class name -> how many. Parameters and children keep the order that they had."""
     for swap in swaps:
         child = getattr(swap.parent, swap.child)
         replacement = family.swaps[swap.kind](child, context)
         replacement.train(child.training)
+        _order_as(replacement, child)
         swap.parent.register_module(swap.child, replacement)
     return Counter(swap.kind for swap in swaps)
+
+
+def _order_as(module: nn.Module, source: nn.Module) -> None:
+    """Put what `module` has registered into the order of `source`; what that does not have comes last.
+
+    torch's optimizers match saved states to parameters by their order: in another one a checkpoint of one file does not
+    load into transformers' own model.
+    """
+    for kind in ("_modules", "_parameters", "_buffers"):
+        own, other = getattr(module, kind), getattr(source, kind)
+        for name in [name for name in other if name in own] + [name for name in own if name not in other]:
+            own[name] = own.pop(name)
+    for name, child in module.named_children():
+        if isinstance(theirs := source._modules.get(name), nn.Module):
+            _order_as(child, theirs)

@@ -55,7 +55,7 @@ class Beside:
     before_experts: int = 0
 
     def row(self, row: Row) -> int:
-        """Of a row."""
+        """Bytes beside the layer's own while `row` runs."""
         return int(getattr(self, row.part))
 
 
@@ -80,7 +80,7 @@ class Shape:
 
     @property
     def tokens(self) -> int:
-        """Of the micro-batch; tensor ranks share them."""
+        """Tokens of a data rank's micro-batch, which its tensor ranks share."""
         return self.batch * self.length
 
     @property
@@ -107,7 +107,7 @@ class Shape:
 
 
 def layer_rows(shape: Shape, *, sparse: bool, keep_experts: bool = True) -> list[Row]:
-    """One decoder layer in the order of its forward pass.
+    """Rows of one decoder layer, in the order of its forward pass.
 
     keep_experts: whether what routed experts compute is kept for the backward pass.
     """
@@ -118,7 +118,7 @@ def layer_rows(shape: Shape, *, sparse: bool, keep_experts: bool = True) -> list
 
 
 def most_forward(rows: list[Row], beside: Beside = _ALONE) -> int:
-    """The most that these need one after the other in the forward pass, what they keep included."""
+    """Bytes that rows need at most, one after the other in a forward pass, what they keep included."""
     most = kept = 0
     for row in rows:
         if row.part == "experts":
@@ -129,12 +129,12 @@ def most_forward(rows: list[Row], beside: Beside = _ALONE) -> int:
 
 
 def most_at_once(rows: list[Row], beside: Beside = _ALONE) -> int:
-    """The most that one of these needs in a forward pass that keeps nothing."""
+    """Bytes that any one of the rows needs in a forward pass that keeps nothing."""
     return max(row.kept + row.forward + beside.row(row) for row in rows)
 
 
 def most_backward(rows: list[Row], beside: Beside = _ALONE) -> int:
-    """The most that these need in the backward pass, from what all of them kept to nothing."""
+    """Bytes that rows need at most in their backward pass, from what all of them kept to nothing."""
     most, kept = 0, sum(row.kept for row in rows)
     for row in reversed(rows):
         most = max(most, kept + row.backward + beside.row(row))
@@ -143,7 +143,7 @@ def most_backward(rows: list[Row], beside: Beside = _ALONE) -> int:
 
 
 def norm(shape: Shape) -> list[Row]:
-    """A norm of hidden states and the entrance of a region."""
+    """Rows of a norm of hidden states and of the entrance of the region behind it."""
     # Slices are gathered: what the ranks' parts of the work keep is whole.
     entered = shape.hidden if shape.is_sliced else shape.stream
     kept = entered + shape.outside * _FLOAT32
@@ -154,7 +154,7 @@ def norm(shape: Shape) -> list[Row]:
 
 
 def latent_attention(shape: Shape) -> list[Row]:
-    """Multi-head latent attention on this rank's heads."""
+    """Rows of multi-head latent attention on this rank's heads."""
     sizes, tokens, unit = shape.sizes, shape.tokens, shape.unit
     heads = sizes.heads // shape.layout.tensor
     alike = tokens if shape.is_sliced else shape.outside
@@ -178,7 +178,7 @@ def latent_attention(shape: Shape) -> list[Row]:
 
 
 def grouped_attention(shape: Shape) -> list[Row]:
-    """Grouped-query attention on this rank's heads."""
+    """Rows of grouped-query attention on this rank's heads."""
     sizes, tokens, unit = shape.sizes, shape.tokens, shape.unit
     ranks = shape.layout.tensor
     queries = tokens * (sizes.heads // ranks) * sizes.key_dim * unit
@@ -197,12 +197,12 @@ def grouped_attention(shape: Shape) -> list[Row]:
 
 
 def dense_mlp(shape: Shape) -> list[Row]:
-    """Gate, up, activation and product of an MLP."""
+    """The row of a dense MLP: gate, up, activation and product."""
     return [_gated(shape, shape.sizes.dense_width)]
 
 
 def mixture(shape: Shape, *, keep_experts: bool = True) -> list[Row]:
-    """Router, routed experts and shared experts."""
+    """Rows of a mixture: router, routed experts and shared experts; see `layer_rows`."""
     sizes, unit = shape.sizes, shape.unit
     scores = shape.outside * sizes.experts * _FLOAT32
     # Its input in float32, where that is a copy; and of slices the slice itself, beside what was gathered.

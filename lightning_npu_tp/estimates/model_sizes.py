@@ -6,14 +6,12 @@ activations (`what_fits.py`). Parameters are not counted here; the plan and the 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_npu_tp.models.families import common
-
-# No setting says it.
-_HEAD_NORMS = ("qwen3", "qwen3_moe", "olmoe")
-_EXPERTS = ("n_routed_experts", "num_experts", "num_local_experts")
+from lightning_npu_tp.models.families.family import ModelFamily
+from lightning_npu_tp.models.families.registry import family_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,19 +47,23 @@ class ModelSizes:
     head_norms: bool = False
 
     @classmethod
-    def of(cls, config: Any) -> ModelSizes:
-        """Read them from a transformers config of a supported family. Raises AttributeError for what is no decoder."""
+    def of(cls, config: Any, families: Sequence[ModelFamily] = ()) -> ModelSizes:
+        """Read the sizes from a transformers config; a family that is not known counts as one without experts.
+
+        families: the user's own. Raises AttributeError for a config that is no decoder's.
+        """
+        family = family_of(config, families)
         latent = bool(getattr(config, "kv_lora_rank", 0))
         heads = config.num_attention_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-        experts = next((number for name in _EXPERTS if (number := getattr(config, name, None))), 0)
+        experts = family.num_experts(config) if family else 0
         expert_width = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
         shared_width = (getattr(config, "n_shared_experts", None) or 0) * expert_width
         return cls(
             hidden=config.hidden_size,
             vocabulary=config.vocab_size,
             layers=config.num_hidden_layers,
-            sparse_layers=_sparse_layers(config, experts),
+            sparse_layers=family.num_sparse_layers(config) if family else 0,
             heads=heads,
             key_heads=heads if latent else config.num_key_value_heads,
             key_dim=config.qk_nope_head_dim + config.qk_rope_head_dim if latent else head_dim,
@@ -75,15 +77,5 @@ class ModelSizes:
             expert_width=expert_width if experts else 0,
             shared_width=getattr(config, "shared_expert_intermediate_size", 0) or shared_width,
             shared_gate=hasattr(config, "shared_expert_intermediate_size"),
-            head_norms=config.model_type in _HEAD_NORMS,
+            head_norms=family is not None and family.head_norms,
         )
-
-
-def _sparse_layers(config: Any, experts: int) -> int:
-    if not experts:
-        return 0
-    if hasattr(config, "first_k_dense_replace"):
-        return config.num_hidden_layers - common.num_dense_layers(config)
-    if hasattr(config, "mlp_only_layers"):
-        return common.num_sparse_layers(config)
-    return config.num_hidden_layers

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from math import prod
 
 from lightning_npu_tp.convert.data_parallel import DataParallel
+from lightning_npu_tp.convert.shard_spec import ShardSpec, size_of
 from lightning_npu_tp.estimates.layer_memory import (
     CAUSAL_MASK,
     Beside,
@@ -29,13 +30,13 @@ from lightning_npu_tp.estimates.layer_memory import (
     most_forward,
 )
 from lightning_npu_tp.parallel.layout import Layout
-from lightning_npu_tp.parallel.plan import Rule, chunk_bounds
+from lightning_npu_tp.parallel.plan import Rule
 from lightning_npu_tp.parallel.recompute import Recompute
 
 
 @dataclass(frozen=True)
 class RankMemory:
-    """What one rank holds. Counts are elements, the rest bytes."""
+    """What one rank holds for the whole run: `parameters` in elements, the rest in bytes."""
 
     parameters: int
     parameter_bytes: int
@@ -98,26 +99,15 @@ def rank_memory(
     in_blocks: bytes as an allocator counts them (`blocks`): parameters first, then gradients from the last to the
         first, then the states of one parameter after the other.
     """
-    elements = 0
-    sizes: list[int] = []
-    for name, shape in shapes.items():
-        rule = rules[name]
-        ranks = layout.expert if rule.axis == "expert" else layout.tensor
-        own = rule.local_shape(shape, rank % ranks, ranks)
-        if data_parallel == "shard":
-            replicas = layout.world // ranks
-            # As `parallelize_over_data` does: experts by their width where there are fewer of them than replicas.
-            dim = 1 if rule.axis == "expert" and own[0] < replicas else 0
-            start, stop = chunk_bounds(own[dim], rank // ranks, replicas)
-            own = (*own[:dim], stop - start, *own[dim + 1 :])
-        elements += prod(own)
-        sizes.append(prod(own) * bytes_per_element)
+    specs = (ShardSpec.of(rules[name], shape, layout, rank, data_parallel) for name, shape in shapes.items())
+    elements = [prod(size_of(spec.held)) for spec in specs]
+    sizes = [number * bytes_per_element for number in elements]
     count: Callable[[Iterable[int]], int] = blocks if in_blocks else sum
     held = count(sizes)
     with_gradients = count([*sizes, *reversed(sizes)])
     states = [size for size in sizes for _ in range(optimizer_states)]
     return RankMemory(
-        parameters=elements,
+        parameters=sum(elements),
         parameter_bytes=held,
         gradient_bytes=with_gradients - held,
         optimizer_bytes=count([*sizes, *reversed(sizes), *states]) - with_gradients,
@@ -126,7 +116,7 @@ def rank_memory(
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """What the parameters of a model need; see `rank_memory`."""
+    """A model's parameters and what is kept of each, for the arithmetic of any layout; fields as in `rank_memory`."""
 
     shapes: Mapping[str, tuple[int, ...]]
     rules: Mapping[str, Rule]
@@ -137,7 +127,7 @@ class Model:
     def memory(
         self, layout: Layout, names: Iterable[str] | None = None, data_parallel: DataParallel | None = None
     ) -> RankMemory:
-        """Of rank 0, which never holds less than another; of the parameters named, or of all."""
+        """What rank 0, which never holds less than another, holds of the parameters named, or of all."""
         return rank_memory(
             self.shapes if names is None else {name: self.shapes[name] for name in names},
             self.rules,
@@ -151,7 +141,7 @@ class Model:
 
 @dataclass(frozen=True)
 class StepPeak:
-    """The most bytes in tensors at the three parts of a step."""
+    """The most bytes in tensors in each of the three parts of a training step."""
 
     forward: int
     backward: int
@@ -159,7 +149,7 @@ class StepPeak:
 
     @property
     def bytes(self) -> int:
-        """The most of all."""
+        """The most bytes in tensors at any time of the step."""
         return max(self.forward, self.backward, self.optimizer)
 
 
@@ -217,7 +207,7 @@ class _Layer:
 
     @property
     def is_again(self) -> bool:
-        """Whether it is computed again as a whole."""
+        """Whether the backward pass computes the layer again as a whole."""
         return self.kept is not self.whole
 
 
@@ -283,52 +273,52 @@ class _Parameters:
 
     @property
     def all_gradients(self) -> int:
-        """Whole gradients of all parameters."""
+        """Bytes of the whole gradients of all parameters."""
         return self.outer + self._decoder + sum(self._dense) + sum(self._experts)
 
     def whole(self, number: int) -> int:
-        """Gradients of a layer before they are reduced."""
+        """Bytes of a layer's gradients before they are reduced."""
         return self._dense[number] + self._experts[number]
 
     def gradients(self, number: int) -> int:
-        """Gradients of a layer that stay with this rank."""
+        """Bytes of a layer's gradients that stay with this rank."""
         return self._own[number]
 
     @property
     def in_loss(self) -> int:
-        """Beside the loss in the forward pass; the decoder's slices are slices again."""
+        """Bytes beside the loss in the forward pass; the decoder's slices are slices again."""
         if not self._has_buffers:
             return self.in_loss_backward
         return self.outer + self._buffer(self._last_group(len(self._dense) - 1))
 
     @property
     def in_loss_backward(self) -> int:
-        """Beside the loss in the backward pass, when the decoder's group has arrived."""
+        """Bytes beside the loss in the backward pass, when the decoder's group has arrived."""
         return self.outer + self._decoder + self._copies(len(self._dense)) if self._is_shared else 0
 
     @property
     def at_the_end(self) -> int:
-        """Beside other gradients: the embedding's, and its sum with those of a head that is the same parameter.
+        """Bytes beside other gradients when the backward pass has ended, and what lies around the layers is reduced.
 
-        What lies around the layers is reduced when the backward pass has ended.
+        The embedding's gradients, and their sum with those of a head that is the same parameter.
         """
         return 2 * self._tied + self._decoder + (self.outer + self._decoder if self._is_shared else 0)
 
     @property
     def first_arrivals(self) -> int:
-        """Before the first layer: the groups around the layers, and their buffers."""
+        """Bytes before the first layer: the groups around the layers, and their buffers."""
         around = self.outer + self._decoder
         return around + self._buffer(self.outer) + self._buffer(self._decoder) if self._is_shared else 0
 
     def arrival(self, number: int) -> int:
-        """Before a layer in the forward pass, when it has just been copied."""
+        """Bytes before a layer's forward pass, when its group has just been copied."""
         if not self._is_shared:
             return 0
         last = self._last_group(number - 1) if number else self._decoder or self.outer
         return self._around(number) + self._dense[number] + self._buffer(self._dense[number]) + self._buffer(last)
 
     def forward(self, number: int) -> Beside:
-        """Beside a layer in the forward pass."""
+        """Bytes beside a layer in its forward pass."""
         if not self._is_shared:
             return Beside()
         beside, dense, experts = self._around(number), self._dense[number], self._gathered_experts(number)
@@ -344,7 +334,7 @@ class _Parameters:
         )
 
     def backward(self, number: int) -> Beside:
-        """Beside a layer in the backward pass, its own gradients included."""
+        """Bytes beside a layer in its backward pass, its own gradients included."""
         dense, experts = self._dense[number], self._gathered_experts(number)
         if not self._is_shared:
             return Beside(self._own[number], self._experts[number] + dense // 2, dense // 2)

@@ -90,7 +90,7 @@ class Run:
     bytes_per_element: of parameters; activation_bytes: of what layers compute in.
     accumulates:       whether a step sums gradients of several micro-batches; they stay whole until the last.
     all_to_all:        whether rows travel though the layout would not ask for it.
-    fused:             operations that torch_npu's fused kernels compute (`activations.fused_by`).
+    fused:             operations that torch_npu's fused kernels compute (`layer_memory.fused_by`).
     seen:              bytes of activations that the run was seen to hold; it had not got to its end.
     """
 

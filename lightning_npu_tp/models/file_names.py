@@ -114,17 +114,6 @@ ALWAYS_IGNORED = (
 )
 
 
-def expert_keys(prefix: str, *, gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj") -> list[Stacked]:
-    """Entries for the routed experts, whose parameters are `*.mlp.experts.…` in every family.
-
-    prefix: the experts' list in the files, e.g. "*.mlp.experts".
-    """
-    return [
-        Stacked("*.mlp.experts.gate_up_proj", (f"{prefix}.#.{gate}.weight", f"{prefix}.#.{up}.weight")),
-        Stacked("*.mlp.experts.down_proj", (f"{prefix}.#.{down}.weight",)),
-    ]
-
-
 def _whole(key: str, shape: Sequence[int]) -> Piece:
     return Piece(key, tuple(shape), tuple((0, size) for size in shape))
 

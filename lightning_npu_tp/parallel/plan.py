@@ -45,13 +45,6 @@ class Rule:
         """DTensor placement on the rule's axis."""
         return Replicate() if self.dim is None else Shard(self.dim)
 
-    def local_shape(self, shape: tuple[int, ...], rank: int, size: int) -> tuple[int, ...]:
-        """Shape of the part of a parameter of global `shape` that `rank` of `size` holds."""
-        if self.dim is None:
-            return tuple(shape)
-        start, stop = chunk_bounds(shape[self.dim], rank, size)
-        return (*shape[: self.dim], stop - start, *shape[self.dim + 1 :])
-
 
 def Columns(*, unit: str = "channel", init: Init = "normal", why: str = "") -> Rule:  # noqa: N802
     """Split the output features (dim 0 of weight and bias) over the tensor axis."""

@@ -80,7 +80,7 @@ def audit(
         if not request.unconverted:
             resolve_dispatch(request.layout, request.options.dispatch)
             check_layout(request.config, request.layout, own)
-        request = Request(**{**vars(request), "config": shrink(request.config, request.layout)})
+        request = Request(**{**vars(request), "config": shrink(request.config, request.layout, own)})
         ranks = run(audit_model, request.layout.world, request, timeout=timeout)
     else:
         load_factory(request.module)

@@ -193,7 +193,7 @@ def plan_of(config: Any, families: Sequence[ModelFamily] = ()) -> Plan:
 
 def check_layout(config: Any, layout: Layout, families: Sequence[ModelFamily] = ()) -> None:
     """Raise ConfigError, with the sizes that work, for a layout that cannot split the model; the same as training."""
-    few = config_with_few_layers(config)
+    few = config_with_few_layers(config, families)
     plan = plan_of(few, families)
     check_sizes(plan.family, few, dict(plan.rules), dict(plan.shapes), layout)
 
@@ -430,7 +430,7 @@ def prove(
     resolve_dispatch(layout, options.dispatch)
     own = load_families(families)
     check_layout(config, layout, own)
-    problem = Problem.of(shrink(config, layout), layout, families=own, steps=steps, reshard=broken is None)
+    problem = Problem.of(shrink(config, layout, own), layout, families=own, steps=steps, reshard=broken is None)
     return examine(
         problem,
         layout,

@@ -2,18 +2,19 @@
 
 What a layout splits keeps its remainder: heads, key heads, channels and vocabulary by the tensor ranks,
 experts by the expert ranks. So the small model is cut where the real one is, evenly or not. Works on the
-keys of a transformers config, by name; what it does not know stays as it is. Builds nothing.
+keys of a transformers config, by name, and by the family's record; what neither knows stays as it is. Builds nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import count
 from typing import Any
 
+from lightning_npu_tp.models.families.family import ModelFamily
+from lightning_npu_tp.models.families.registry import family_of
 from lightning_npu_tp.parallel.layout import Layout
 
-_EXPERT_KEYS = ("n_routed_experts", "num_local_experts", "num_experts")
 # Widths that no layout splits; the value's differs from the keys', so that mixing them up cannot go unseen.
 _WIDTHS = {"q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 12}
 # Channels, split over the tensor ranks where they are not an expert's.
@@ -28,16 +29,19 @@ def smaller(size: int, about: int, ranks: int) -> int:
     return size if size <= about else about + (size - about) % ranks
 
 
-def shrink(config: Any, layout: Layout) -> Any:
-    """A small config of the same class; `config` stays as it is.
+def shrink(config: Any, layout: Layout, families: Sequence[ModelFamily] = ()) -> Any:
+    """A small config of the same class; `config` stays as it is. families: the user's own.
 
     At least one layer of each kind stays (dense, mixture of experts). Dropout and router noise, which no two
     layouts draw alike, and balance losses of transformers' own are off; weights are wider, so that routers decide.
     """
-    small = config_with_few_layers(config).to_dict()
+    family = family_of(config, families)
+    small = config_with_few_layers(config, families).to_dict()
     small |= _attention(small, layout.tensor)
-    if any(small.get(key) for key in _EXPERT_KEYS):
-        small |= _experts(small, layout.expert)
+    if family and family.num_experts(config):
+        # The dictionary has the settings by the names that the class keeps them under.
+        setting = type(config).attribute_map.get(family.experts, family.experts)
+        small |= _experts(small, setting, layout.expert)
     small |= {key: min(small[key], width) for key, width in _WIDTHS.items() if small.get(key)}
     if small.get("qk_rope_head_dim"):
         # The config classes derive them when they are made, and keep what a dictionary says.
@@ -51,30 +55,19 @@ def shrink(config: Any, layout: Layout) -> Any:
             small[key] = token
     small |= {key: 0.0 for key, value in small.items() if "dropout" in key or key == "router_jitter_noise"}
     small |= {"initializer_range": _INITIALIZER_RANGE, "use_cache": False, "output_router_logits": False}
-    if small.get("model_type") == "deepseek_v2":
-        # transformers reads it for this model and ignores it, so there would be nothing to compare with.
-        small["norm_topk_prob"] = False
-    return type(config).from_dict(small)
+    return type(config).from_dict(small | dict(family.small if family else {}))
 
 
-def config_with_few_layers(config: Any) -> Any:
+def config_with_few_layers(config: Any, families: Sequence[ModelFamily] = ()) -> Any:
     """The config with one dense layer and two others, or with two where all layers are alike; all sizes as they are."""
     small = config.to_dict()
-    small |= {"dtype": None}
+    small |= {"dtype": None, "num_hidden_layers": min(config.num_hidden_layers, 2)}
     small.pop("quantization_config", None)
-    layers = small["num_hidden_layers"]
-    has_experts = any(small.get(key) for key in _EXPERT_KEYS)
-    if "first_k_dense_replace" in small and has_experts:
-        dense = min(small["first_k_dense_replace"], layers)
-        small |= {"num_hidden_layers": min(dense, 1) + min(layers - dense, 2), "first_k_dense_replace": min(dense, 1)}
-    elif "mlp_only_layers" in small and has_experts:
-        step = small.get("decoder_sparse_step") or 1
-        listed = small["mlp_only_layers"] or []
-        dense = sum(layer in listed or (layer + 1) % step > 0 for layer in range(layers))
-        small |= {"num_hidden_layers": min(dense, 1) + min(layers - dense, 2), "decoder_sparse_step": 1}
-        small["mlp_only_layers"] = [0] if dense else []
-    else:
-        small["num_hidden_layers"] = min(layers, 2)
+    family = family_of(config, families)
+    if family and family.num_experts(config):
+        sparse = family.num_sparse_layers(config)
+        dense = min(config.num_hidden_layers - sparse, 1)
+        small |= {"num_hidden_layers": dense + min(sparse, 2), **family.dense_first(dense)}
     kinds = small.get("layer_types")
     if kinds:
         each = list(dict.fromkeys(kinds))
@@ -98,9 +91,8 @@ def _attention(config: dict[str, Any], ranks: int) -> dict[str, Any]:
     return small
 
 
-def _experts(config: dict[str, Any], ranks: int) -> dict[str, Any]:
-    key = next(key for key in _EXPERT_KEYS if config.get(key))
-    experts, picks = config[key], min(config["num_experts_per_tok"], 4)
+def _experts(config: dict[str, Any], setting: str, ranks: int) -> dict[str, Any]:
+    experts, picks = config[setting], min(config["num_experts_per_tok"], 4)
     groups = config.get("n_group") or 1
     if groups == 1:
         number = smaller(experts, max(8, 2 * ranks, 2 * picks), ranks)
@@ -108,7 +100,7 @@ def _experts(config: dict[str, Any], ranks: int) -> dict[str, Any]:
         allowed = config.get("topk_group") or groups
         sizes = (n for n in _up_to(experts // groups, 2) if groups * n % ranks == experts % ranks)
         number = groups * next(n for n in sizes if allowed * n >= picks)
-    return {key: number, "num_experts_per_tok": picks}
+    return {setting: number, "num_experts_per_tok": picks}
 
 
 def _up_to(last: int, first: int) -> Iterator[int]:

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,11 @@ from torch import Tensor, nn
 
 from lightning_npu_tp.checkpoint.files import size_in_words
 from lightning_npu_tp.checkpoint.peers import PeerFailure, Peers
+from lightning_npu_tp.convert.weight_source import Target, mark, source_of
 from lightning_npu_tp.errors import CheckpointError, ConfigError
 from lightning_npu_tp.models.file_names import Bounds, KeyTable, Piece
 from lightning_npu_tp.weights.safetensors_reader import SliceReader, StoredTensor, WeightFiles, open_folder
 
-_MARK = "_lightning_npu_tp_weights"
-_LEFT = "_lightning_npu_tp_left_to_checkpoint"
 _SHOWN = 10
 _LINE_EVERY_S = 10.0
 
@@ -41,42 +40,25 @@ def weights_from(model: nn.Module, folder: str | Path) -> None:
             f"weights_from({folder}) needs a model without weights, but {type(model).__name__} has some already. Build "
             f"it under `with torch.device('meta')`, or leave weights_from out to keep them."
         )
-    object.__setattr__(model, _MARK, Path(folder))
+    mark(model, _Folder(Path(folder)))
 
 
-def marked_folder(model: nn.Module) -> Path | None:
-    """The folder that `weights_from` named for this model, or None."""
-    return getattr(model, _MARK, None)
+@dataclass(frozen=True)
+class _Folder:
+    """The source (`convert/weight_source.py`) that `weights_from` marks a model with."""
+
+    folder: Path
+    only_check: bool = False
+
+    def fill(self, targets: Sequence[Target], table: KeyTable, *, family: str) -> LoadReport:
+        return fill(self.folder, targets, table, family=family, peers=Peers(), only_check=self.only_check)
 
 
 def leave_to_checkpoint(root: nn.Module) -> None:
     """Have the models in `root` that `weights_from` marked not filled: a checkpoint with every weight comes next."""
     for module in root.modules():
-        if marked_folder(module) is not None:
-            object.__setattr__(module, _LEFT, True)
-
-
-def is_left_to_checkpoint(model: nn.Module) -> bool:
-    """Whether `leave_to_checkpoint` was called for this model."""
-    return getattr(model, _LEFT, False)
-
-
-@dataclass(frozen=True)
-class Target:
-    """A parameter or buffer to fill.
-
-    names:    of the parameter, its own first, then those of modules that share it.
-    shape:    global.
-    bounds:   which part of it `tensor` is.
-    tensor:   this rank's part, on its device.
-    optional: whether files may lack it; it then stays as it is.
-    """
-
-    names: tuple[str, ...]
-    shape: tuple[int, ...]
-    bounds: Bounds
-    tensor: Tensor
-    optional: bool = False
+        if isinstance(source := source_of(module), _Folder):
+            mark(module, replace(source, only_check=True))
 
 
 @dataclass

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from least_traffic import least_traffic
 from torch.distributed.tensor import DTensor, Partial, Shard
 
 from lightning_npu_tp.convert.convert import Options
@@ -20,7 +21,6 @@ from lightning_npu_tp.parallel.layout import DATA_AXIS, EXPERT_AXIS, TENSOR_AXIS
 from lightning_npu_tp.parallel.plan import chunk_bounds
 from lightning_npu_tp.parallel.sequence import all_gather_first_dim
 from lightning_npu_tp.tools.prove import plan_of
-from lightning_npu_tp.tools.testing.least_traffic import Work, minimum_traffic, total_by_axis
 from lightning_npu_tp.tools.testing.models import random_batch, tiny_deepseek_v2_config
 from lightning_npu_tp.tools.testing.sharded import sharded_model
 from lightning_npu_tp.tools.testing.traffic import CountTraffic
@@ -118,18 +118,17 @@ def test_a_step_moves_hardly_more_than_its_layout_must(on_ranks: Any, sizes: Any
     results = on_ranks(count_step, layout.world, CONFIG, layout, options, timeout=120)
     exchanges = resolve_dispatch(layout, options.dispatch) == "all_to_all"
     plan, num_moe = plan_of(CONFIG), CONFIG.num_hidden_layers - CONFIG.first_k_dense_replace
-    work = Work(
-        config=CONFIG,
-        shapes=plan.shapes,
-        rules=plan.rules,
-        layout=layout,
+    least = least_traffic(
+        CONFIG,
+        plan.shapes,
+        plan.rules,
+        layout,
         tokens=SEQUENCES * LENGTH,
         rows_away=sum(rows for _, rows in results) / layout.world / num_moe if exchanges else 0.0,
         # The ranks compute in float64.
         element_bytes=8,
-        sequence_parallel=sliced,
+        sliced=sliced,
     )
-    least = total_by_axis(minimum_traffic(work))
     sent: dict[str, float] = {}
     for counted, _ in results:
         for (axis, _), number in counted.items():

@@ -1,22 +1,24 @@
 """What several model families share: plan rules, constructors and checks.
 
 Families differ in names and in a few settings; here is what does not differ. Rules are dictionaries that a
-family's plan joins, constructors take the transformers module and the context, checks raise
-ConversionError. Nothing here knows a family; who asks for a rule knows that its config has the setting.
+family's plan joins, constructors take the transformers module and the context, checks raise ConversionError, and
+`decoder_family` makes a record of them. Nothing here knows a family; who asks for a rule knows that its config has
+the setting.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from lightning_npu_tp.errors import ConversionError
-from lightning_npu_tp.models.families.family import BuildContext, Constructor
-from lightning_npu_tp.models.file_names import KeyTable, expert_keys
+from lightning_npu_tp.models.families.family import BuildContext, Constructor, ModelFamily
+from lightning_npu_tp.models.file_names import KeyTable, Stacked
 from lightning_npu_tp.models.layers.causal_lm import ShardedCausalLM, ShardedDecoder
+from lightning_npu_tp.models.layers.gqa import GroupedQueryAttention
 from lightning_npu_tp.models.layers.linear import RMSNorm, ShardedMLP
 from lightning_npu_tp.models.layers.mla import MLAttention
 from lightning_npu_tp.models.layers.rotary import RotaryTables, check_rope_type
@@ -26,13 +28,14 @@ from lightning_npu_tp.parallel.plan import Columns, Experts, Replicated, Rows, R
 
 MIXINS: Mapping[str, type] = {"": ShardedCausalLM, "model": ShardedDecoder}
 
+_GATE_UP, _DOWN = "*.mlp.experts.gate_up_proj", "*.mlp.experts.down_proj"
 _HEADS = "a head attends by itself"
 _ONCE = "added once, after the reduction"
 _LATENT = "one latent serves every head"
 
 
 def frame_rules() -> dict[str, Rule]:
-    """Embedding, head and the norms between the layers."""
+    """Rules of embedding, head and the norms between the layers."""
     row_norm = Replicated(why="one vector; normalises whole rows", init="ones")
     return {
         "model.embed_tokens.weight": Vocab(),
@@ -43,7 +46,7 @@ def frame_rules() -> dict[str, Rule]:
 
 
 def grouped_query_rules(*, input_bias: bool = False, output_bias: bool = False) -> dict[str, Rule]:
-    """Attention with q, k, v and o projections; biases of the first three, and of the last."""
+    """Rules of attention with q, k, v and o projections; biases of the first three, and of the last."""
     projections = {
         "*.self_attn.q_proj": "head",
         "*.self_attn.k_proj": "key head",
@@ -59,13 +62,13 @@ def grouped_query_rules(*, input_bias: bool = False, output_bias: bool = False) 
 
 
 def head_norm_rules() -> dict[str, Rule]:
-    """Norms of queries and keys, each head by itself."""
+    """Rules of norms of queries and keys, each head by itself."""
     rule = Replicated(why="one vector for every head; its gradient is summed over the heads of all ranks", init="ones")
     return {"*.self_attn.q_norm.weight": rule, "*.self_attn.k_norm.weight": rule}
 
 
 def latent_rules(config: Any) -> dict[str, Rule]:
-    """Multi-head latent attention, with and without a query latent."""
+    """Rules of multi-head latent attention, with and without a query latent."""
     heads, latent = Columns(unit="head", why=_HEADS), Replicated(why=_LATENT)
     rules = {
         "*.self_attn.kv_a_proj_with_mqa.weight": latent,
@@ -86,7 +89,7 @@ def latent_rules(config: Any) -> dict[str, Rule]:
 
 
 def mlp_rules(prefix: str = "*.mlp", *, bias: bool = False) -> dict[str, Rule]:
-    """A gated MLP at `prefix`."""
+    """Rules of a gated MLP at `prefix`."""
     rules = {
         f"{prefix}.gate_proj.weight": Columns(),
         f"{prefix}.up_proj.weight": Columns(),
@@ -100,17 +103,33 @@ def mlp_rules(prefix: str = "*.mlp", *, bias: bool = False) -> dict[str, Rule]:
 
 
 def expert_rules() -> dict[str, Rule]:
-    """Router and routed experts."""
+    """Rules of router and routed experts."""
     return {
         "*.mlp.gate.weight": Replicated(why="every rank routes every token it sees"),
-        "*.mlp.experts.gate_up_proj": Experts(),
-        "*.mlp.experts.down_proj": Experts(),
+        _GATE_UP: Experts(),
+        _DOWN: Experts(),
     }
 
 
-def moe_keys(config: Any) -> KeyTable:
-    """Files that hold each expert by itself under `mlp.experts`, as most families' do."""
-    return KeyTable(entries=expert_keys("*.mlp.experts"))
+def feed_forward_rules(config: Any, num_sparse: int, *, bias: bool = False, shared: str = "") -> dict[str, Rule]:
+    """Rules of dense MLPs and of mixtures of experts, where there are any.
+
+    shared: pattern of the mixtures' shared MLP; "" for none.
+    """
+    rules = mlp_rules(bias=bias) if num_sparse < config.num_hidden_layers else {}
+    if num_sparse:
+        rules |= expert_rules() | (mlp_rules(shared, bias=bias) if shared else {})
+    return rules
+
+
+def expert_keys(
+    prefix: str = "*.mlp.experts", *, gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj"
+) -> list[Stacked]:
+    """Names of the routed experts in files that hold each by itself; prefix: their list there."""
+    return [
+        Stacked(_GATE_UP, (f"{prefix}.#.{gate}.weight", f"{prefix}.#.{up}.weight")),
+        Stacked(_DOWN, (f"{prefix}.#.{down}.weight",)),
+    ]
 
 
 def attention_units(config: Any) -> dict[str, int]:
@@ -119,46 +138,86 @@ def attention_units(config: Any) -> dict[str, int]:
 
 
 def latent_units(config: Any) -> dict[str, int]:
-    """Heads, and routed experts where there are any, of DeepSeek's families."""
-    numbers = {"head": config.num_attention_heads}
-    if num_dense_layers(config) < config.num_hidden_layers:
-        numbers["expert"] = config.n_routed_experts
-    return numbers
+    """Heads of latent attention, each with a key of its own."""
+    return {"head": config.num_attention_heads}
 
 
-def num_dense_layers(config: Any) -> int:
-    """Layers before the first one with routed experts, of DeepSeek's families."""
-    return min(config.first_k_dense_replace, config.num_hidden_layers)
+def layers_behind_dense(config: Any) -> int:
+    """Layers with routed experts, of DeepSeek's families: all behind the first, dense ones."""
+    return config.num_hidden_layers - min(config.first_k_dense_replace, config.num_hidden_layers)
 
 
-def num_sparse_layers(config: Any) -> int:
-    """Layers with routed experts, of Qwen's families."""
+def layers_by_step(config: Any) -> int:
+    """Layers with routed experts, of Qwen's families: every so many, but for those that are listed as dense."""
     return sum(
-        index not in config.mlp_only_layers and config.num_experts > 0 and (index + 1) % config.decoder_sparse_step == 0
+        index not in config.mlp_only_layers and (index + 1) % config.decoder_sparse_step == 0
         for index in range(config.num_hidden_layers)
     )
 
 
-def frame_counts(prefix: str, config: Any) -> dict[str, int]:
-    """How many modules conversion replaces around the MLPs, in a decoder whose classes start with `prefix`."""
-    return {
-        "Embedding": 1,
-        "Linear": 1,
-        f"{prefix}RotaryEmbedding": 1,
-        f"{prefix}Attention": config.num_hidden_layers,
-        f"{prefix}RMSNorm": 2 * config.num_hidden_layers + 1,
-    }
+def settings_of_dense(number: int) -> dict[str, Any]:
+    """Settings by which the first `number` layers are dense and all others not; see `layers_behind_dense`."""
+    return {"first_k_dense_replace": number}
 
 
-def frame_swaps(prefix: str, attention: Constructor) -> dict[str, Constructor]:
-    """Constructors for the same modules."""
-    return {
+def settings_by_step(number: int) -> dict[str, Any]:
+    """Settings by which the first `number` layers are dense and all others not; see `layers_by_step`."""
+    return {"mlp_only_layers": list(range(number)), "decoder_sparse_step": 1}
+
+
+def decoder_family(
+    prefix: str,
+    attention: Constructor,
+    *,
+    heads: Callable[[Any], dict[str, int]] = attention_units,
+    moe: Constructor | None = None,
+    moe_class: str = "",
+    checks: Sequence[Callable[[str, Any], None]] = (),
+    **record: Any,
+) -> ModelFamily:
+    """The record of a decoder as transformers writes them, with classes whose names start with `prefix`.
+
+    heads:     config -> heads that a layout must not cut, by unit.
+    moe:       constructor of the mixture of experts; its class is `moe_class`, else {prefix}SparseMoeBlock.
+    checks:    raise ConversionError for a family and config with other numbers; positions are checked anyway.
+    record:    what else `ModelFamily` has.
+    """
+    attentions, norms, mlps = (f"{prefix}{kind}" for kind in ("Attention", "RMSNorm", "MLP"))
+    rotary, moes = f"{prefix}RotaryEmbedding", moe_class or f"{prefix}SparseMoeBlock"
+    swaps: dict[str, Constructor] = {
         "Embedding": lambda source, context: VocabEmbedding(source, context.region),
         "Linear": lambda source, context: VocabHead(source, context.region),
-        f"{prefix}RotaryEmbedding": lambda source, context: RotaryTables(source),
-        f"{prefix}Attention": attention,
-        f"{prefix}RMSNorm": _norm,
+        rotary: lambda source, context: RotaryTables(source),
+        attentions: attention,
+        norms: _norm,
+        mlps: dense_mlp,
     }
+    if moe is not None:
+        swaps[moes] = moe
+        record = {"keys": lambda config: KeyTable(entries=expert_keys())} | record
+
+    def units(config: Any) -> dict[str, int]:
+        return heads(config) | ({"expert": family.num_experts(config)} if family.num_sparse_layers(config) else {})
+
+    def expected(config: Any) -> dict[str, int]:
+        layers, sparse = config.num_hidden_layers, family.num_sparse_layers(config)
+        around = {"Embedding": 1, "Linear": 1, rotary: 1, norms: 2 * layers + 1}
+        return around | {attentions: layers, mlps: layers - sparse, moes: sparse}
+
+    def check(config: Any) -> None:
+        for one in (check_positions, *checks):
+            one(family.name, config)
+
+    family = ModelFamily(
+        model_class=f"{prefix}ForCausalLM",
+        units=units,
+        expected=expected,
+        check=check,
+        mixins=MIXINS,
+        swaps=swaps,
+        **record,
+    )
+    return family
 
 
 def _norm(source: Any, context: BuildContext) -> nn.Module:
@@ -166,12 +225,17 @@ def _norm(source: Any, context: BuildContext) -> nn.Module:
 
 
 def latent_attention(source: Any, context: BuildContext) -> nn.Module:
-    """Multi-head latent attention."""
+    """Constructor of multi-head latent attention."""
     return MLAttention(source, context.region, context.kernels)
 
 
+def grouped_attention(source: Any, context: BuildContext, **settings: Any) -> nn.Module:
+    """Constructor of grouped-query attention; settings: of `GroupedQueryAttention`."""
+    return GroupedQueryAttention(source, context.region, context.kernels, **settings)
+
+
 def dense_mlp(source: Any, context: BuildContext) -> nn.Module:
-    """A gated MLP."""
+    """Constructor of a gated MLP that is a layer's own."""
     return ShardedMLP(source, context.region)
 
 
@@ -206,6 +270,12 @@ def moe_block(source: Any, context: BuildContext, *, make: Callable[..., MoEBloc
     return block
 
 
+def plain_moe_block(source: Any, context: BuildContext, **settings: Any) -> Any:
+    """A block whose weights are divided by their plain sum where the config says so, in the way of Qwen and OLMoE."""
+    normalise = bool(context.config.norm_topk_prob)
+    return moe_block(source, context, norm_topk_prob=normalise, normalisation="plain", **settings)
+
+
 def check_positions(family: str, config: Any) -> None:
     """Refuse a sliding window, as mask and cache here are those of full attention, and rotations that change."""
     check_rope_type(config)
@@ -232,10 +302,10 @@ def check_no_router_logits(family: str, config: Any) -> None:
         )
 
 
-def check_one_key_per_head(config: Any) -> None:
+def check_one_key_per_head(family: str, config: Any) -> None:
     """Refuse latent attention with grouped keys."""
     if config.num_key_value_heads != config.num_attention_heads:
         raise ConversionError(
             f"num_key_value_heads={config.num_key_value_heads} differs from num_attention_heads="
-            f"{config.num_attention_heads}; latent attention has one key per head. Set both alike."
+            f"{config.num_attention_heads}; latent attention of {family} has one key per head. Set both alike."
         )

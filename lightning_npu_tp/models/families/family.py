@@ -64,8 +64,13 @@ class ModelFamily:
     check:       config -> None; raises ConversionError for a variant that is not supported.
     keys:        config -> names of the parameters in the files that are published of it, where they differ.
     layers:      path of the list of decoder layers; data parallelism gathers one at a time.
+    experts:     name of the config's setting for the number of routed experts; "" where a layer has none.
+    sparse_layers: config -> number of layers with routed experts, where there are any.
+    dense_first: number -> settings by which that many layers, the first ones, have no routed experts.
+    head_norms:  whether queries and keys are normalised before they are rotated.
+    small:       settings of the small model that a proof compares with transformers' own.
     models:      what is published of it, for the table in docs/own-models.md.
-    refused:     what `check` and the sizes refuse, for the same.
+    refused:     what `check` and the sizes refuse, for that table.
     """
 
     name: str
@@ -78,9 +83,22 @@ class ModelFamily:
     check: Callable[[Any], None] = lambda config: None
     keys: Callable[[Any], KeyTable] = lambda config: KeyTable()
     layers: str = "model.layers"
+    experts: str = ""
+    sparse_layers: Callable[[Any], int] = lambda config: config.num_hidden_layers
+    dense_first: Callable[[int], Mapping[str, Any]] = lambda number: {}
+    head_norms: bool = False
+    small: Mapping[str, Any] = field(default_factory=dict)
     models: str = ""
     refused: str = ""
 
     def matches(self, module: nn.Module) -> bool:
         """Whether this family converts `module`; compares names, so that nothing is imported."""
         return any(base.__name__ == self.model_class for base in type(module).__mro__)
+
+    def num_experts(self, config: Any) -> int:
+        """Routed experts of a layer that has them; 0 where no layer has."""
+        return (getattr(config, self.experts, None) or 0) if self.experts else 0
+
+    def num_sparse_layers(self, config: Any) -> int:
+        """Layers with routed experts."""
+        return self.sparse_layers(config) if self.num_experts(config) else 0

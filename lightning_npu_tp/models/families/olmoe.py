@@ -7,14 +7,13 @@ Source: arXiv:2409.02060; module and parameter names are transformers'.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
 from lightning_npu_tp.models.families import common
-from lightning_npu_tp.models.families.family import BuildContext, ModelFamily
-from lightning_npu_tp.models.layers.gqa import AllHeadsNorm, GroupedQueryAttention
+from lightning_npu_tp.models.families.family import BuildContext
+from lightning_npu_tp.models.layers.gqa import AllHeadsNorm
 from lightning_npu_tp.parallel.plan import Columns, Plan
 
 
@@ -33,42 +32,19 @@ def plan(config: Any) -> Plan:
     )
 
 
-def units(config: Any) -> Mapping[str, int]:
-    """What a layout must not cut."""
-    return common.attention_units(config) | {"expert": config.num_experts}
-
-
-def expected(config: Any) -> Mapping[str, int]:
-    """How many modules of each class conversion replaces."""
-    return common.frame_counts("Olmoe", config) | {"OlmoeSparseMoeBlock": config.num_hidden_layers}
-
-
-def check(config: Any) -> None:
-    """Raise ConversionError for a variant whose numbers we would not reproduce."""
-    common.check_positions("olmoe", config)
-    common.check_no_router_logits("olmoe", config)
-
-
 def _attention(source: Any, context: BuildContext) -> nn.Module:
-    return GroupedQueryAttention(
-        source, context.region, context.kernels, norm=AllHeadsNorm, clip=context.config.clip_qkv
-    )
+    return common.grouped_attention(source, context, norm=AllHeadsNorm, clip=context.config.clip_qkv)
 
 
-def _moe(source: Any, context: BuildContext) -> nn.Module:
-    return common.moe_block(source, context, norm_topk_prob=bool(context.config.norm_topk_prob), normalisation="plain")
-
-
-OLMOE = ModelFamily(
+OLMOE = common.decoder_family(
+    "Olmoe",
+    _attention,
+    moe=common.plain_moe_block,
+    checks=[common.check_no_router_logits],
     name="olmoe",
-    model_class="OlmoeForCausalLM",
     plan=plan,
-    units=units,
-    expected=expected,
-    check=check,
-    mixins=common.MIXINS,
-    swaps=common.frame_swaps("Olmoe", _attention) | {"OlmoeSparseMoeBlock": _moe},
-    keys=common.moe_keys,
+    experts="num_experts",
+    head_norms=True,
     models="OLMoE-1B-7B",
     refused="`output_router_logits`",
 )

@@ -8,7 +8,7 @@ Source: arXiv:2407.10671; module and parameter names are transformers'.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
@@ -16,8 +16,6 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_npu_tp.models.families import common
-from lightning_npu_tp.models.families.family import BuildContext, ModelFamily
-from lightning_npu_tp.models.layers.gqa import GroupedQueryAttention
 from lightning_npu_tp.models.layers.linear import ShardedMLP
 from lightning_npu_tp.models.moe.block import MoEBlock
 from lightning_npu_tp.parallel.plan import Plan, Replicated
@@ -64,55 +62,24 @@ class GatedSharedBlock(MoEBlock):
 
 def plan(config: Any) -> Plan:
     """Sharding plan of a Qwen2MoeForCausalLM with this config."""
-    sparse = common.num_sparse_layers(config)
+    sparse = QWEN2_MOE.num_sparse_layers(config)
     rules = common.frame_rules() | common.grouped_query_rules(input_bias=config.qkv_bias)
-    if sparse < config.num_hidden_layers:
-        rules |= common.mlp_rules()
+    rules |= common.feed_forward_rules(config, sparse, shared="*.mlp.shared_expert")
     if sparse:
-        rules |= common.expert_rules() | common.mlp_rules("*.mlp.shared_expert")
         rules["*.mlp.shared_expert_gate.weight"] = Replicated(why="one number per token")
     return rules
 
 
-def units(config: Any) -> Mapping[str, int]:
-    """What a layout must not cut."""
-    experts = {"expert": config.num_experts} if common.num_sparse_layers(config) else {}
-    return common.attention_units(config) | experts
-
-
-def expected(config: Any) -> Mapping[str, int]:
-    """How many modules of each class conversion replaces."""
-    sparse = common.num_sparse_layers(config)
-    mlps = {"Qwen2MoeMLP": config.num_hidden_layers - sparse, "Qwen2MoeSparseMoeBlock": sparse}
-    return common.frame_counts("Qwen2Moe", config) | mlps
-
-
-def check(config: Any) -> None:
-    """Raise ConversionError for a variant whose numbers we would not reproduce."""
-    common.check_positions("qwen2_moe", config)
-    common.check_no_router_logits("qwen2_moe", config)
-
-
-def _attention(source: Any, context: BuildContext) -> nn.Module:
-    return GroupedQueryAttention(source, context.region, context.kernels)
-
-
-def _moe(source: Any, context: BuildContext) -> nn.Module:
-    normalise = bool(context.config.norm_topk_prob)
-    return common.moe_block(source, context, make=GatedSharedBlock, norm_topk_prob=normalise, normalisation="plain")
-
-
-QWEN2_MOE = ModelFamily(
+QWEN2_MOE = common.decoder_family(
+    "Qwen2Moe",
+    common.grouped_attention,
+    moe=partial(common.plain_moe_block, make=GatedSharedBlock),
+    checks=[common.check_no_router_logits],
     name="qwen2_moe",
-    model_class="Qwen2MoeForCausalLM",
     plan=plan,
-    units=units,
-    expected=expected,
-    check=check,
-    mixins=common.MIXINS,
-    swaps=common.frame_swaps("Qwen2Moe", _attention)
-    | {"Qwen2MoeMLP": common.dense_mlp, "Qwen2MoeSparseMoeBlock": _moe},
-    keys=common.moe_keys,
+    experts="num_experts",
+    sparse_layers=common.layers_by_step,
+    dense_first=common.settings_by_step,
     models="Qwen1.5-MoE, Qwen2-57B-A14B",
     refused="a sliding window, `output_router_logits`",
 )

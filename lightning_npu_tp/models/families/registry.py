@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -49,6 +50,13 @@ def family_named(name: str, extra: Sequence[ModelFamily] = ()) -> ModelFamily:
         f"The model type {name!r} is not supported. Supported: {', '.join(family.name for family in known)}. "
         f"Another model needs its own ModelFamily (see examples/own_model.py)."
     )
+
+
+def family_of(config: Any, extra: Sequence[ModelFamily] = ()) -> ModelFamily | None:
+    """The family of a config: of that model_type, else one with the same setting for experts, else None."""
+    known, kind = (*extra, *FAMILIES), getattr(config, "model_type", None)
+    named = (family for family in known if family.name == kind)
+    return next(named, None) or next((family for family in known if family.num_experts(config)), None)
 
 
 def find_models(root: nn.Module, families: Sequence[ModelFamily]) -> Iterator[tuple[str, nn.Module, ModelFamily]]:

@@ -2,7 +2,7 @@
 
 `CountTraffic` sees every collective that passes torch's dispatcher while it is open: ours, forward and backward,
 FSDP's, DTensor's and those of clipping. It reckons what the bandwidth-optimal algorithm sends per rank, not what
-a backend does within. `lightning_npu_tp/tools/testing/least_traffic.py` says what a layout must move at least.
+a backend does within. `tests/least_traffic.py` says what a layout must move at least.
 """
 
 from __future__ import annotations
