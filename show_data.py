@@ -26,7 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
     from omegaconf.errors import OmegaConfBaseException
     from rich.console import Console
 
-    from lightning_npu_tp.errors import DataError, LightningNPUTPError
+    from lightning_npu_tp import DataError, LightningNPUTPError
     from lit_models.data.show import show_batch
     from lit_models.run.instantiate import build
 

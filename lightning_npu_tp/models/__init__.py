@@ -1,1 +1,75 @@
-"""All that knows a model: families, layers, the mixture block, and how its weights are named in files."""
+"""All that knows a model: families, layers, the mixture block, and how its weights are named in files.
+
+The names below are what a `ModelFamily` of your own is made of: rules for its plan, and sharded modules to swap in;
+`supported()` lists the built-in families. examples/own_model.py shows one.
+"""
+
+from typing import TYPE_CHECKING
+
+from lightning_npu_tp.lazy_names import lazy_names
+
+if TYPE_CHECKING:
+    from lightning_npu_tp.models.families.family import BuildContext, ModelFamily
+    from lightning_npu_tp.models.families.registry import supported
+    from lightning_npu_tp.models.file_names import KeyTable
+    from lightning_npu_tp.models.layers.causal_lm import ShardedCausalLM, ShardedDecoder
+    from lightning_npu_tp.models.layers.gqa import GroupedQueryAttention
+    from lightning_npu_tp.models.layers.linear import RMSNorm, ShardedLinear, ShardedMLP
+    from lightning_npu_tp.models.layers.mla import MLAttention
+    from lightning_npu_tp.models.layers.rotary import RotaryTables
+    from lightning_npu_tp.models.layers.vocab import VocabEmbedding, VocabHead
+    from lightning_npu_tp.models.moe.block import MoEBlock
+    from lightning_npu_tp.parallel.plan import Columns, Experts, Plan, Replicated, Rows, Rule, Vocab
+
+__all__ = [
+    "BuildContext",
+    "Columns",
+    "Experts",
+    "GroupedQueryAttention",
+    "KeyTable",
+    "MLAttention",
+    "MoEBlock",
+    "ModelFamily",
+    "Plan",
+    "RMSNorm",
+    "Replicated",
+    "RotaryTables",
+    "Rows",
+    "Rule",
+    "ShardedCausalLM",
+    "ShardedDecoder",
+    "ShardedLinear",
+    "ShardedMLP",
+    "Vocab",
+    "VocabEmbedding",
+    "VocabHead",
+    "supported",
+]
+
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "BuildContext": "models.families.family",
+        "Columns": "parallel.plan",
+        "Experts": "parallel.plan",
+        "GroupedQueryAttention": "models.layers.gqa",
+        "KeyTable": "models.file_names",
+        "MLAttention": "models.layers.mla",
+        "MoEBlock": "models.moe.block",
+        "ModelFamily": "models.families.family",
+        "Plan": "parallel.plan",
+        "RMSNorm": "models.layers.linear",
+        "Replicated": "parallel.plan",
+        "RotaryTables": "models.layers.rotary",
+        "Rows": "parallel.plan",
+        "Rule": "parallel.plan",
+        "ShardedCausalLM": "models.layers.causal_lm",
+        "ShardedDecoder": "models.layers.causal_lm",
+        "ShardedLinear": "models.layers.linear",
+        "ShardedMLP": "models.layers.linear",
+        "Vocab": "parallel.plan",
+        "VocabEmbedding": "models.layers.vocab",
+        "VocabHead": "models.layers.vocab",
+        "supported": "models.families.registry",
+    },
+)

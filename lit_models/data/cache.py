@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lightning_npu_tp.errors import DataError
+from lightning_npu_tp import DataError
 
 _NOTES = "cache.json"
 _FORMAT = 1

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from lightning_npu_tp.errors import DataError
+from lightning_npu_tp import DataError
 
 
 class Tokenizer(Protocol):
