@@ -1,7 +1,7 @@
 """What `lightning-npu-tp check` can say of a Hugging Face folder before a process is started.
 
 Its config, its tokenizer, the structure of its model, and the memory that ranks and one process would need. What the
-processes do is `check_ranks.py`'s, what is printed `commands/check.py`'s.
+processes do is `check_ranks.py`'s, what is printed `check_lines.py`'s.
 """
 
 from __future__ import annotations

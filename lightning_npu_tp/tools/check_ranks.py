@@ -84,6 +84,20 @@ class RankAnswer:
     rows: tuple[int, int] = (0, 0)
     logits: Tensor | None = None
 
+    def as_json(self) -> dict[str, Any]:
+        """This rank's share and costs, for `--json`."""
+        return {
+            "local_experts": self.experts[1] if self.experts else None,
+            "parameters": self.parameters,
+            "weight_bytes": self.local_bytes,
+            "read_bytes": self.read_bytes,
+            "read_seconds": self.read_seconds,
+            "peak_loading_bytes": self.loading_peak,
+            "peak_bytes": self.peak,
+            "forward_seconds": self.forward,
+            "backward_seconds": self.backward,
+        }
+
 
 def run_rank(rank: int, world_size: int, request: Request) -> RankAnswer:
     """Convert, load, and run a few forward and backward passes; called without a process group."""
@@ -168,6 +182,16 @@ class AloneAnswer:
     forward: float
     backward: float
     peak: int
+
+    def as_json(self) -> dict[str, Any]:
+        """One process's numbers and costs, for `--json`."""
+        return {
+            "loss": self.loss,
+            "gradient_norm": self.grad_norm,
+            "forward_seconds": self.forward,
+            "backward_seconds": self.backward,
+            "peak_bytes": self.peak,
+        }
 
 
 def run_alone(rank: int, world_size: int, request: Request, threads: int, backward: bool) -> AloneAnswer:

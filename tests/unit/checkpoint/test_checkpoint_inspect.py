@@ -15,7 +15,7 @@ from test_checkpoint_format import save, save_file
 from typer.testing import CliRunner
 
 from lightning_npu_tp.checkpoint.files import beside
-from lightning_npu_tp.tools.commands.inspect import inspect
+from lightning_npu_tp.tools.commands.inspect_command import inspect
 
 app = typer.Typer()
 app.command()(inspect)
