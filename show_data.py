@@ -13,7 +13,7 @@ from pathlib import Path
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print; returns the exit code."""
+    """Print a batch as the command line asks; returns the exit code, 2 for a mistake in the settings."""
     parser = argparse.ArgumentParser(prog="show_data.py", description="Show a batch of data as the model gets it.")
     parser.add_argument("settings", nargs="*", help="settings of train.py, e.g. data=text 'data.paths=[corpus/]'")
     parser.add_argument("--batch", type=int, default=0, help="which batch of the first epoch (default: 0, the first)")

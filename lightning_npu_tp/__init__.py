@@ -59,19 +59,17 @@ __all__ = [
     "weights_from",
 ]
 
-__getattr__, __dir__ = lazy_names(
+__getattr__, __dir__, _ = lazy_names(
     __name__,
     {
-        "HcclSettings": "devices.hccl_settings",
-        "ModelFamily": "models.families.family",
-        "NPUAccelerator": "trainer.accelerator",
-        "NPUTensorParallelStrategy": "trainer.strategy",
-        "ShardedClipping": "trainer.precision",
-        "callbacks": "",
-        "kernels": "",
-        "models": "",
-        "run_job": "launch.sweep",
-        "weights_from": "weights.load",
+        "": "callbacks kernels models",
+        "devices.hccl_settings": "HcclSettings",
+        "launch.sweep": "run_job",
+        "models.families.family": "ModelFamily",
+        "trainer.accelerator": "NPUAccelerator",
+        "trainer.precision": "ShardedClipping",
+        "trainer.strategy": "NPUTensorParallelStrategy",
+        "weights.load": "weights_from",
     },
 )
 

@@ -7,12 +7,15 @@ from collections.abc import Callable, Mapping
 from importlib import import_module
 
 
-def lazy_names(package: str, places: Mapping[str, str]) -> tuple[Callable[[str], object], Callable[[], list[str]]]:
-    """`__getattr__` and `__dir__` for `package`; the first imports each name from its module below `lightning_npu_tp`.
+def lazy_names(
+    package: str, modules: Mapping[str, str]
+) -> tuple[Callable[[str], object], Callable[[], list[str]], list[str]]:
+    """`__getattr__`, `__dir__` and `__all__` for `package`.
 
-    places: name -> module that defines it; "" for a sub-package of that name.
-    Raises DeviceError, with what to do, where torch_npu keeps torch or transformers from being imported.
+    modules: a module below `lightning_npu_tp` -> the names it defines; "" -> sub-packages of `package`.
+    The first raises DeviceError, with what to do, where torch_npu keeps torch or transformers from being imported.
     """
+    places = {name: module for module, names in modules.items() for name in names.split()}
 
     def get(name: str) -> object:
         if name not in places:
@@ -26,4 +29,4 @@ def lazy_names(package: str, places: Mapping[str, str]) -> tuple[Callable[[str],
         setattr(sys.modules[package], name, found)
         return found
 
-    return get, lambda: sorted({*vars(sys.modules[package]), *places})
+    return get, lambda: sorted({*vars(sys.modules[package]), *places}), sorted(places)

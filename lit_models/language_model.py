@@ -173,12 +173,12 @@ class LitCausalLM(LightningModule):
 
     @override
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Token-weighted loss and perplexity."""
+        """Token-weighted loss and perplexity of the validation set, logged under val/."""
         self._evaluate(batch, "val", self.val_loss, self.val_perplexity)
 
     @override
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """As validation, under test/."""
+        """Token-weighted loss and perplexity of the test set, logged under test/."""
         self._evaluate(batch, "test", self.test_loss, self.test_perplexity)
 
     def _evaluate(self, batch: dict[str, Tensor], stage: str, loss: TokenLoss, perplexity: TokenPerplexity) -> None:

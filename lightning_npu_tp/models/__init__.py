@@ -4,6 +4,8 @@ The names below are what a `ModelFamily` of your own is made of: rules for its p
 `supported()` lists the built-in families. examples/own_model.py shows one.
 """
 
+# ruff: noqa: F401  (what is imported for type checkers is `__all__`, which they do not compute)
+
 from typing import TYPE_CHECKING
 
 from lightning_npu_tp.lazy_names import lazy_names
@@ -21,55 +23,19 @@ if TYPE_CHECKING:
     from lightning_npu_tp.models.moe.block import MoEBlock
     from lightning_npu_tp.parallel.plan import Columns, Experts, Plan, Replicated, Rows, Rule, Vocab
 
-__all__ = [
-    "BuildContext",
-    "Columns",
-    "Experts",
-    "GroupedQueryAttention",
-    "KeyTable",
-    "MLAttention",
-    "MoEBlock",
-    "ModelFamily",
-    "Plan",
-    "RMSNorm",
-    "Replicated",
-    "RotaryTables",
-    "Rows",
-    "Rule",
-    "ShardedCausalLM",
-    "ShardedDecoder",
-    "ShardedLinear",
-    "ShardedMLP",
-    "Vocab",
-    "VocabEmbedding",
-    "VocabHead",
-    "supported",
-]
-
-__getattr__, __dir__ = lazy_names(
+__getattr__, __dir__, __all__ = lazy_names(
     __name__,
     {
-        "BuildContext": "models.families.family",
-        "Columns": "parallel.plan",
-        "Experts": "parallel.plan",
-        "GroupedQueryAttention": "models.layers.gqa",
-        "KeyTable": "models.file_names",
-        "MLAttention": "models.layers.mla",
-        "MoEBlock": "models.moe.block",
-        "ModelFamily": "models.families.family",
-        "Plan": "parallel.plan",
-        "RMSNorm": "models.layers.linear",
-        "Replicated": "parallel.plan",
-        "RotaryTables": "models.layers.rotary",
-        "Rows": "parallel.plan",
-        "Rule": "parallel.plan",
-        "ShardedCausalLM": "models.layers.causal_lm",
-        "ShardedDecoder": "models.layers.causal_lm",
-        "ShardedLinear": "models.layers.linear",
-        "ShardedMLP": "models.layers.linear",
-        "Vocab": "parallel.plan",
-        "VocabEmbedding": "models.layers.vocab",
-        "VocabHead": "models.layers.vocab",
-        "supported": "models.families.registry",
+        "models.families.family": "BuildContext ModelFamily",
+        "models.families.registry": "supported",
+        "models.file_names": "KeyTable",
+        "models.layers.causal_lm": "ShardedCausalLM ShardedDecoder",
+        "models.layers.gqa": "GroupedQueryAttention",
+        "models.layers.linear": "RMSNorm ShardedLinear ShardedMLP",
+        "models.layers.mla": "MLAttention",
+        "models.layers.rotary": "RotaryTables",
+        "models.layers.vocab": "VocabEmbedding VocabHead",
+        "models.moe.block": "MoEBlock",
+        "parallel.plan": "Columns Experts Plan Replicated Rows Rule Vocab",
     },
 )

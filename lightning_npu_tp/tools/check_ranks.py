@@ -101,8 +101,8 @@ class RankAnswer:
 
 def run_rank(rank: int, world_size: int, request: Request) -> RankAnswer:
     """Convert, load, and run a few forward and backward passes; called without a process group."""
-    on, runtime = request.device_type, devices.torch_module(request.device_type)
-    device = open_group(on, rank, request.timeout + 10)
+    runtime = devices.torch_module(request.device_type)
+    device = open_group(request.device_type, rank, request.timeout + 10)
     answer = RankAnswer()
     with HostPeak() as peak:
         try:
@@ -113,7 +113,8 @@ def run_rank(rank: int, world_size: int, request: Request) -> RankAnswer:
         answer.loading_peak = peak.grown
         for step in range(_STEPS):
             _step(request, model, meshes, answer, first=step == 0)
-    answer.peak = peak.grown if on == "cpu" else int(runtime.memory_stats(device).get("allocated_bytes.all.peak", 0))
+    counters = runtime.memory_stats(device)
+    answer.peak = peak.grown if device.type == "cpu" else int(counters.get("allocated_bytes.all.peak", 0))
     return answer
 
 

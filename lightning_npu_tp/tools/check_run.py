@@ -95,7 +95,7 @@ class CheckRun:
 
     @property
     def output_shape(self) -> list[int]:
-        """Of the logits, global."""
+        """Shape of the logits, all ranks together: [rows, length, vocabulary]."""
         return [self.rows, self.length, self.config.vocab_size]
 
     def _run_ranks(self) -> list[RankAnswer]:

@@ -65,7 +65,7 @@ class ContinueRun(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The same, where nothing was validated before."""
+        """Where nothing was validated before the first step: what an earlier start logged goes here."""
         self.on_validation_start(trainer, pl_module)
 
     @rank_zero_only

@@ -13,23 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from lightning_npu_tp.errors import ConfigError
-from lightning_npu_tp.tools.commands.conventions import (
-    DataParallelMode,
-    DataRanks,
-    DispatchMode,
-    ExpertRanks,
-    JsonFile,
-    OwnFamilies,
-    RankSeconds,
-    RecomputeMode,
-    SequenceParallel,
-    TensorRanks,
-    exit_codes,
-    layout_of,
-    options_of,
-    wide_console,
-    write_json,
-)
+from lightning_npu_tp.tools.commands import conventions as shared
 
 if TYPE_CHECKING:
     from lightning_npu_tp.tools.audit import Finding
@@ -43,31 +27,31 @@ def audit(
         str | None,
         typer.Option(help="package.module:function that returns your LightningModule, or one and a batch; as it is"),
     ] = None,
-    data: DataRanks = 1,
-    tensor: TensorRanks = 1,
-    expert: ExpertRanks = None,
-    sequence_parallel: SequenceParallel = False,
-    recompute: RecomputeMode = "none",
-    dispatch: DispatchMode = "auto",
-    data_parallel: DataParallelMode = "shard",
+    data: shared.DataRanks = 1,
+    tensor: shared.TensorRanks = 1,
+    expert: shared.ExpertRanks = None,
+    sequence_parallel: shared.SequenceParallel = False,
+    recompute: shared.RecomputeMode = "none",
+    dispatch: shared.DispatchMode = "auto",
+    data_parallel: shared.DataParallelMode = "shard",
     unconverted: Annotated[bool, typer.Option("--unconverted", help="as transformers computes it")] = False,
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32")] = "bfloat16",
-    families: OwnFamilies = None,
+    families: shared.OwnFamilies = None,
     allow: Annotated[
         list[str] | None, typer.Option(help="pattern of an operator or file:line that does not count; may be repeated")
     ] = None,
-    json_file: JsonFile = None,
-    timeout: RankSeconds = 600.0,
+    json_file: shared.JsonFile = None,
+    timeout: shared.RankSeconds = 600.0,
 ) -> None:
     """Find what would stall an Ascend card in one training step: no card and no torch_npu needed.
 
     Operators that fall back to the CPU, have a shape that depends on values, make the host wait or refuse a dtype,
     by the operator table of torch_npu 2.13.0, each with its module, file, line and count. Exit code 1: there are some.
     """
-    with exit_codes("the step", otherwise=2):
+    with shared.exit_codes("the step", otherwise=2):
         if (model is None) == (module is None):
             raise ConfigError("Say what to audit: either --model NAME or --module package.module:function.")
-        layout = layout_of(data, tensor, expert)
+        layout = shared.layout_of(data, tensor, expert)
         from lightning_npu_tp.tools import audit_run
         from lightning_npu_tp.tools.model_config import read_model_config
 
@@ -77,7 +61,7 @@ def audit(
             config=None if model is None else read_model_config(model),
             module=module or "",
             layout=layout,
-            options=options_of(sequence_parallel, recompute, dispatch, data_parallel),
+            options=shared.options_of(sequence_parallel, recompute, dispatch, data_parallel),
             dtype=dtype,
             unconverted=unconverted,
             families=tuple(families or ()),
@@ -86,9 +70,9 @@ def audit(
         findings, title = audit_run.audit(request, timeout=timeout)
         counted = [finding for finding in findings if not finding.allowed]
         found = [finding.as_json() for finding in findings]
-        write_json(json_file, {"audited": title, "ok": not counted, "findings": found})
+        shared.write_json(json_file, {"audited": title, "ok": not counted, "findings": found})
     if findings:
-        wide_console().print(findings_table(findings, title))
+        shared.wide_console().print(findings_table(findings, title))
     typer.echo(verdict(findings, title))
     raise typer.Exit(1 if counted else 0)
 
@@ -133,7 +117,7 @@ def _any_layer(module: str) -> str:
 
 
 def verdict(findings: Sequence[Finding], title: str) -> str:
-    """The answer in one line."""
+    """How many findings of each kind count, in one line."""
     counted = [finding for finding in findings if not finding.allowed]
     allowed = sum(finding.count for finding in findings if finding.allowed)
     also = f" ({allowed} allowed)" if allowed else ""

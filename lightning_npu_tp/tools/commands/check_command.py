@@ -13,34 +13,22 @@ from typing import Annotated
 import typer
 
 from lightning_npu_tp.errors import ConfigError
-from lightning_npu_tp.tools.commands.conventions import (
-    DataRanks,
-    DispatchMode,
-    ExpertRanks,
-    JsonFile,
-    RecomputeMode,
-    SequenceParallel,
-    TensorRanks,
-    exit_codes,
-    layout_of,
-    options_of,
-    write_json,
-)
+from lightning_npu_tp.tools.commands import conventions as shared
 
 
 def check(
     model: Annotated[str, typer.Option(help="Hugging Face folder with config.json and safetensors files")],
-    tensor: TensorRanks = 1,
-    data: DataRanks = 1,
-    expert: ExpertRanks = None,
-    sequence_parallel: SequenceParallel = False,
-    dispatch: DispatchMode = "auto",
-    recompute: RecomputeMode = "none",
+    tensor: shared.TensorRanks = 1,
+    data: shared.DataRanks = 1,
+    expert: shared.ExpertRanks = None,
+    sequence_parallel: shared.SequenceParallel = False,
+    dispatch: shared.DispatchMode = "auto",
+    recompute: shared.RecomputeMode = "none",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or npu")] = "auto",
     dtype: Annotated[str, typer.Option(help="of the ranks: float32, bfloat16 or float64")] = "float32",
     length: Annotated[int, typer.Option(help="tokens of a sequence")] = 64,
     batch: Annotated[int | None, typer.Option(help="sequences, all ranks together; one per data rank")] = None,
-    json_file: JsonFile = None,
+    json_file: shared.JsonFile = None,
     timeout: Annotated[float, typer.Option(help="seconds that the ranks may take, and then one process")] = 1800.0,
 ) -> None:
     """Check without training that a folder's model loads, converts and computes in a layout.
@@ -48,19 +36,19 @@ def check(
     Reads the tokenizer, then the weights, each rank its own slices, and says what was converted; runs forward and
     backward on the device and holds loss, logits and gradient norm against transformers in one process on the CPU.
     """
-    with exit_codes(otherwise=2, wording=as_options):
+    with shared.exit_codes(otherwise=2, wording=as_options):
         _require_sensible(data, length, batch, json_file)
-        layout = layout_of(data, tensor, expert)
+        layout = shared.layout_of(data, tensor, expert)
         from lightning_npu_tp.tools.check_run import CheckRun
 
-        options = options_of(sequence_parallel, recompute, dispatch)
+        options = shared.options_of(sequence_parallel, recompute, dispatch)
         rows = data if batch is None else batch
         run = CheckRun.prepared(
             model, layout, options, device=device, dtype=dtype, rows=rows, length=length, timeout=timeout
         )
-    with exit_codes("the ranks", otherwise=1, wording=as_options):
+    with shared.exit_codes("the ranks", otherwise=1, wording=as_options):
         run.run()
-    write_json(json_file, run.as_json())
+    shared.write_json(json_file, run.as_json())
     typer.echo(run.headline())
     raise typer.Exit(1 if run.faults else 0)
 

@@ -47,13 +47,13 @@ class Finding:
 
     @property
     def state(self) -> str:
-        """In one or two words."""
+        """Completeness and verification in a few words."""
         if self.problems:
             return "damaged or incomplete"
         return "complete, verified" if self.verified else "complete, not verified"
 
     def as_json(self) -> dict[str, Any]:
-        """For `--json`."""
+        """The finding as plain data, the manifest included."""
         manifest = None if self.manifest is None else asdict(self.manifest)
         return {
             "path": str(self.path),

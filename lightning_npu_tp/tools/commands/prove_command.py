@@ -7,23 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from lightning_npu_tp.tools.commands.conventions import (
-    DataParallelMode,
-    DataRanks,
-    DispatchMode,
-    ExpertRanks,
-    JsonFile,
-    OwnFamilies,
-    RankSeconds,
-    RecomputeMode,
-    SequenceParallel,
-    TensorRanks,
-    exit_codes,
-    layout_of,
-    options_of,
-    wide_console,
-    write_json,
-)
+from lightning_npu_tp.tools.commands import conventions as shared
 
 if TYPE_CHECKING:
     from lightning_npu_tp.tools.prove import Proof
@@ -31,21 +15,21 @@ if TYPE_CHECKING:
 
 def prove(
     model: Annotated[str, typer.Option(help="Hugging Face folder, config.json, or a config of conf/model")],
-    data: DataRanks = 1,
-    tensor: TensorRanks = 1,
-    expert: ExpertRanks = None,
-    sequence_parallel: SequenceParallel = False,
-    recompute: RecomputeMode = "none",
-    dispatch: DispatchMode = "auto",
-    data_parallel: DataParallelMode = "shard",
+    data: shared.DataRanks = 1,
+    tensor: shared.TensorRanks = 1,
+    expert: shared.ExpertRanks = None,
+    sequence_parallel: shared.SequenceParallel = False,
+    recompute: shared.RecomputeMode = "none",
+    dispatch: shared.DispatchMode = "auto",
+    data_parallel: shared.DataParallelMode = "shard",
     dtype: Annotated[
         str | None,
         typer.Option(help="of the ranks: float64 (bound 1e-10) or float32 (1e-3); the widest that the device has"),
     ] = None,
     device: Annotated[str, typer.Option(help="of the ranks: cpu, cuda, npu or auto")] = "cpu",
-    families: OwnFamilies = None,
-    json_file: JsonFile = None,
-    timeout: RankSeconds = 600.0,
+    families: shared.OwnFamilies = None,
+    json_file: shared.JsonFile = None,
+    timeout: shared.RankSeconds = 600.0,
     broken: Annotated[str | None, typer.Option("--break", hidden=True)] = None,
 ) -> None:
     """Show that a layout computes what one process computes.
@@ -53,8 +37,8 @@ def prove(
     Makes the model small, trains three steps in DATA x TENSOR processes on this machine, and compares loss,
     logits, every gradient, clip norm, expert counts and parameters with transformers in one process on the CPU.
     """
-    with exit_codes("the layout", otherwise=2):
-        layout = layout_of(data, tensor, expert)
+    with shared.exit_codes("the layout", otherwise=2):
+        layout = shared.layout_of(data, tensor, expert)
         from lightning_npu_tp.tools import check_folder
         from lightning_npu_tp.tools import prove as proving
         from lightning_npu_tp.tools.model_config import read_model_config
@@ -63,15 +47,15 @@ def prove(
         proof = proving.prove(
             read_model_config(model),
             layout,
-            options_of(sequence_parallel, recompute, dispatch, data_parallel),
+            shared.options_of(sequence_parallel, recompute, dispatch, data_parallel),
             dtype=dtype or proving.widest(device_type),
             families=families or [],
             broken=broken,
             device=device_type,
             timeout=timeout,
         )
-        write_json(json_file, proof.as_json())
-    wide_console().print(proof_table(proof))
+        shared.write_json(json_file, proof.as_json())
+    shared.wide_console().print(proof_table(proof))
     typer.echo(proof.headline())
     raise typer.Exit(1 if proof.failed else 0)
 
