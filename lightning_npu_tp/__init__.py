@@ -59,7 +59,7 @@ __all__ = [
     "weights_from",
 ]
 
-__getattr__, __dir__, _ = lazy_names(
+__getattr__, __dir__ = lazy_names(
     __name__,
     {
         "": "callbacks kernels models",

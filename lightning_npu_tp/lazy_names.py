@@ -7,10 +7,8 @@ from collections.abc import Callable, Mapping
 from importlib import import_module
 
 
-def lazy_names(
-    package: str, modules: Mapping[str, str]
-) -> tuple[Callable[[str], object], Callable[[], list[str]], list[str]]:
-    """`__getattr__`, `__dir__` and `__all__` for `package`.
+def lazy_names(package: str, modules: Mapping[str, str]) -> tuple[Callable[[str], object], Callable[[], list[str]]]:
+    """`__getattr__` and `__dir__` for `package`.
 
     modules: a module below `lightning_npu_tp` -> the names it defines; "" -> sub-packages of `package`.
     The first raises DeviceError, with what to do, where torch_npu keeps torch or transformers from being imported.
@@ -29,4 +27,4 @@ def lazy_names(
         setattr(sys.modules[package], name, found)
         return found
 
-    return get, lambda: sorted({*vars(sys.modules[package]), *places}), sorted(places)
+    return get, lambda: sorted({*vars(sys.modules[package]), *places})

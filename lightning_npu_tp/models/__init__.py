@@ -4,8 +4,6 @@ The names below are what a `ModelFamily` of your own is made of: rules for its p
 `supported()` lists the built-in families. examples/own_model.py shows one.
 """
 
-# ruff: noqa: F401  (what is imported for type checkers is `__all__`, which they do not compute)
-
 from typing import TYPE_CHECKING
 
 from lightning_npu_tp.lazy_names import lazy_names
@@ -23,7 +21,32 @@ if TYPE_CHECKING:
     from lightning_npu_tp.models.moe.block import MoEBlock
     from lightning_npu_tp.parallel.plan import Columns, Experts, Plan, Replicated, Rows, Rule, Vocab
 
-__getattr__, __dir__, __all__ = lazy_names(
+__all__ = [
+    "BuildContext",
+    "Columns",
+    "Experts",
+    "GroupedQueryAttention",
+    "KeyTable",
+    "MLAttention",
+    "MoEBlock",
+    "ModelFamily",
+    "Plan",
+    "RMSNorm",
+    "Replicated",
+    "RotaryTables",
+    "Rows",
+    "Rule",
+    "ShardedCausalLM",
+    "ShardedDecoder",
+    "ShardedLinear",
+    "ShardedMLP",
+    "Vocab",
+    "VocabEmbedding",
+    "VocabHead",
+    "supported",
+]
+
+__getattr__, __dir__ = lazy_names(
     __name__,
     {
         "models.families.family": "BuildContext ModelFamily",
