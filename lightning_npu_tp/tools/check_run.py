@@ -10,9 +10,9 @@ import os
 from dataclasses import dataclass, field
 from typing import Any
 
-from lightning_npu_tp.checkpoint.files import size_in_words
 from lightning_npu_tp.convert.convert import Options
 from lightning_npu_tp.errors import ConfigError
+from lightning_npu_tp.estimates.what_fits import in_words
 from lightning_npu_tp.parallel.layout import Layout, resolve_dispatch
 from lightning_npu_tp.tools import check_folder, check_lines, check_ranks, host_memory
 from lightning_npu_tp.tools.check_lines import say
@@ -103,8 +103,8 @@ class CheckRun:
         if self.device_type == "cpu" and need > (free := host_memory.available_bytes()):
             narrow = "--dtype bfloat16, " if self.dtype != "bfloat16" else ""
             raise ConfigError(
-                f"--model {self.model} in {self.layout.world} ranks of {self.dtype} needs about {size_in_words(need)} "
-                f"with gradients, and this host has {size_in_words(free)} free. Use {narrow}a smaller --length or "
+                f"--model {self.model} in {self.layout.world} ranks of {self.dtype} needs about {in_words(need)} "
+                f"with gradients, and this host has {in_words(free)} free. Use {narrow}a smaller --length or "
                 f"--batch, or a host with more memory; `lightning-npu-tp prove` checks the layout on a small model of "
                 f"this kind."
             )
@@ -131,16 +131,14 @@ class CheckRun:
         wide = "float64" if self.dtype == "float64" else "float32"
         if needs[False] > free:
             self.left_out = (
-                f"left out: transformers needs about {size_in_words(needs[False])} for a forward pass in {wide}, and "
-                f"this host has {size_in_words(free)} free"
+                f"left out: transformers needs about {in_words(needs[False])} for a forward pass in {wide}, and "
+                f"this host has {in_words(free)} free"
             )
             say("", f"on the CPU: {self.left_out}")
             return
         backward = needs[True] <= free
         if not backward:
-            self.left_out = (
-                f"backward left out: it needs about {size_in_words(needs[True])}, {size_in_words(free)} are free"
-            )
+            self.left_out = f"backward left out: it needs about {in_words(needs[True])}, {in_words(free)} are free"
         # Threads that spin while they wait cost a shared machine more than they gain.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         threads = (os.cpu_count() or 1) if self.structure.parameters > _WORTH_THREADS else 1
