@@ -13,7 +13,7 @@ from pathlib import Path
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print; returns the exit code."""
+    """Print a batch as the command line asks; returns the exit code, 2 for a mistake in the settings."""
     parser = argparse.ArgumentParser(prog="show_data.py", description="Show a batch of data as the model gets it.")
     parser.add_argument("settings", nargs="*", help="settings of train.py, e.g. data=text 'data.paths=[corpus/]'")
     parser.add_argument("--batch", type=int, default=0, help="which batch of the first epoch (default: 0, the first)")
@@ -26,7 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
     from omegaconf.errors import OmegaConfBaseException
     from rich.console import Console
 
-    from lightning_npu_tp.errors import DataError, LightningNPUTPError
+    from lightning_npu_tp import DataError, LightningNPUTPError
     from lit_models.data.show import show_batch
     from lit_models.run.instantiate import build
 

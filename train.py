@@ -76,8 +76,7 @@ def run(config: DictConfig) -> float | None:
     """A job as Hydra calls it: a sweep gives each a process, and what a user can mend is told without a traceback."""
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-    from lightning_npu_tp.errors import DeviceError, LightningNPUTPError
-    from lightning_npu_tp.launch.sweep import run_job
+    from lightning_npu_tp import DeviceError, LightningNPUTPError, run_job
 
     try:
         return run_job(train, config)

@@ -18,8 +18,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.utils.data import DataLoader
 
 from lightning_npu_tp import ModelFamily, NPUTensorParallelStrategy
-from lightning_npu_tp.models.layers.linear import ShardedMLP
-from lightning_npu_tp.parallel.plan import Columns, Rows
+from lightning_npu_tp.models import Columns, Rows, ShardedMLP
 
 HIDDEN, WIDTH, LAYERS = 32, 64, 2
 

@@ -1,30 +1,76 @@
 """Train mixture-of-experts language models sharded over Ascend NPUs with PyTorch Lightning.
 
-Importing this package registers the accelerator "npu" and the strategy "npu_tp" with Lightning. It
-touches no device, sets no environment variable and does not ask for torch_npu itself; torch and
-transformers import it where it is installed, and where that fails the error says what to do.
+The public surface is the names below and three sub-packages: `callbacks` (Lightning callbacks for any module),
+`models` (what a `ModelFamily` of your own is made of) and `kernels` (which implementation computes what). Whatever
+else lies in the package may change between versions.
+
+Importing it makes `Trainer(accelerator="npu", strategy="npu_tp")` work, in either order with Lightning, and does no
+more: no torch, Lightning, transformers or torch_npu is imported before a name is asked for, no device touched, no
+environment variable set. Where torch_npu keeps torch from being imported, the error says what to do.
 """
 
-from lightning_npu_tp.devices.device import explained_import
-from lightning_npu_tp.errors import DeviceError
+from typing import TYPE_CHECKING
 
-__all__ = ["ModelFamily", "NPUAccelerator", "NPUTensorParallelStrategy", "weights_from"]
+from lightning_npu_tp.errors import (
+    CheckpointError,
+    CommunicationError,
+    ConfigError,
+    ConversionError,
+    CountMismatch,
+    DataError,
+    DeviceError,
+    DeviceFault,
+    LightningNPUTPError,
+    RankFailure,
+)
+from lightning_npu_tp.lazy_names import lazy_names
+from lightning_npu_tp.trainer.registration import register_with_lightning
 
-_problem: DeviceError | None = None
-try:
-    with explained_import():
-        from lightning_npu_tp.models.families.family import ModelFamily
-        from lightning_npu_tp.trainer.accelerator import NPUAccelerator, register
-        from lightning_npu_tp.trainer.strategy import NPUTensorParallelStrategy, register_strategy
-        from lightning_npu_tp.weights.load import weights_from
-    register()
-    register_strategy()
-except DeviceError as error:
-    # `lightning-npu-tp doctor` must come up and say what is wrong; whoever asks for a name is told here.
-    _problem = error
+if TYPE_CHECKING:
+    from lightning_npu_tp import callbacks, kernels, models
+    from lightning_npu_tp.devices.hccl_settings import HcclSettings
+    from lightning_npu_tp.launch.sweep import run_job
+    from lightning_npu_tp.models.families.family import ModelFamily
+    from lightning_npu_tp.trainer.accelerator import NPUAccelerator
+    from lightning_npu_tp.trainer.precision import ShardedClipping
+    from lightning_npu_tp.trainer.strategy import NPUTensorParallelStrategy
+    from lightning_npu_tp.weights.load import weights_from
 
+__all__ = [
+    "CheckpointError",
+    "CommunicationError",
+    "ConfigError",
+    "ConversionError",
+    "CountMismatch",
+    "DataError",
+    "DeviceError",
+    "DeviceFault",
+    "HcclSettings",
+    "LightningNPUTPError",
+    "ModelFamily",
+    "NPUAccelerator",
+    "NPUTensorParallelStrategy",
+    "RankFailure",
+    "ShardedClipping",
+    "callbacks",
+    "kernels",
+    "models",
+    "run_job",
+    "weights_from",
+]
 
-def __getattr__(name: str) -> object:
-    if _problem is not None and name in __all__:
-        raise _problem
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "": "callbacks kernels models",
+        "devices.hccl_settings": "HcclSettings",
+        "launch.sweep": "run_job",
+        "models.families.family": "ModelFamily",
+        "trainer.accelerator": "NPUAccelerator",
+        "trainer.precision": "ShardedClipping",
+        "trainer.strategy": "NPUTensorParallelStrategy",
+        "weights.load": "weights_from",
+    },
+)
+
+register_with_lightning()

@@ -15,7 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from lightning_npu_tp.errors import ConfigError
+from lightning_npu_tp import ConfigError
 
 NO_WEIGHT_DECAY = ("*norm*", "*.bias")
 

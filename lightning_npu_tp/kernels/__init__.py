@@ -26,14 +26,14 @@ from typing import Any
 from torch import Tensor
 
 from lightning_npu_tp.errors import ConfigError
-from lightning_npu_tp.kernels import plain, reference, rows
+from lightning_npu_tp.kernels import grouped_reference, plain, rows
 from lightning_npu_tp.kernels.grouped import GroupedPrimitives
 from lightning_npu_tp.kernels.rows import ExpertMLP, RowMoves
 
 # operation -> implementation -> (module of this folder, its name there); no module: nothing to import.
 _MODULES: Mapping[str, Mapping[str, tuple[str, str]]] = {
     "grouped_matmul": {
-        "reference": ("reference", "PRIMITIVES"),
+        "reference": ("grouped_reference", "PRIMITIVES"),
         "torch_native": ("torch_native", "PRIMITIVES"),
         "cpu": ("cpu", "PRIMITIVES"),
         "npu": ("npu", "PRIMITIVES"),
@@ -75,7 +75,7 @@ class Kernels:
 
 
 # For modules that are built by hand; conversion hands over those of the device.
-REFERENCE = Kernels(grouped=reference.PRIMITIVES, expert_mlp=None)
+REFERENCE = Kernels(grouped=grouped_reference.PRIMITIVES, expert_mlp=None)
 
 
 def select(device_type: str, overrides: Mapping[str, str | None] | None = None) -> Kernels:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_npu_tp.kernels import reference
+from lightning_npu_tp.kernels import grouped_reference
 from lightning_npu_tp.kernels.grouped import GroupedPrimitives, RowGroups
 from lightning_npu_tp.kernels.npu_limits import common_limits, fits
 from lightning_npu_tp.kernels.rows import MOVES as REFERENCE_MOVES
@@ -57,21 +57,21 @@ def _grouped(x: Tensor, weight: Tensor, groups: RowGroups, group_type: int) -> T
 def rows_by_weights(x_RD: Tensor, weight_EFD: Tensor, groups: RowGroups) -> Tensor:
     """See GroupedPrimitives."""
     if not fits("grouped_matmul", _grouped_limits(x_RD, weight_EFD, groups)):
-        return reference.rows_by_weights(x_RD, weight_EFD, groups)
+        return grouped_reference.rows_by_weights(x_RD, weight_EFD, groups)
     return _grouped(x_RD.contiguous(), weight_EFD.transpose(1, 2), groups, _ROWS)
 
 
 def grads_by_weights(dy_RF: Tensor, weight_EFD: Tensor, groups: RowGroups) -> Tensor:
     """See GroupedPrimitives."""
     if not fits("grouped_matmul", _grouped_limits(dy_RF, weight_EFD, groups)):
-        return reference.grads_by_weights(dy_RF, weight_EFD, groups)
+        return grouped_reference.grads_by_weights(dy_RF, weight_EFD, groups)
     return _grouped(dy_RF.contiguous(), weight_EFD, groups, _ROWS)
 
 
 def grads_by_rows(dy_RF: Tensor, x_RD: Tensor, groups: RowGroups) -> Tensor:
     """See GroupedPrimitives."""
     if not fits("grouped_matmul", _grouped_limits(dy_RF, x_RD, groups)):
-        return reference.grads_by_rows(dy_RF, x_RD, groups)
+        return grouped_reference.grads_by_rows(dy_RF, x_RD, groups)
     dw_EFD = _grouped(dy_RF.contiguous().t(), x_RD.contiguous(), groups, _SUMMED)
     # Nothing says that a product over no rows is written at all.
     return dw_EFD.masked_fill_((groups.counts_E == 0)[:, None, None], 0)

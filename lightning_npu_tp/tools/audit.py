@@ -60,7 +60,7 @@ _WHY_BY_DESIGN = "by design: an all-to-all exchange reads its row counts once pe
 
 @dataclass(frozen=True)
 class Place:
-    """Who asked: file, line, function and source line; module path; whether for a gradient."""
+    """Who asked for an operator: file, line, function and source line; module path; whether for a gradient."""
 
     file: str
     line: int
@@ -70,7 +70,7 @@ class Place:
 
     @property
     def source(self) -> str:
-        """The line itself."""
+        """The source line that asked, without its indentation."""
         return linecache.getline(self.file, self.line).strip()
 
 
@@ -98,7 +98,7 @@ class Finding:
         return f"{short_path(self.place.file)}:{self.place.line}"
 
     def as_json(self) -> dict[str, Any]:
-        """As plain data."""
+        """The finding as plain data, its place included."""
         place = {**asdict(self.place), "code": self.place.source}
         place.pop("module")
         return {**asdict(self), "place": place, "where": self.where}
@@ -251,7 +251,7 @@ class Recorder(CountOperators):
         return known is not None and known() is tensor
 
     def put_on_host(self, tensor: Tensor) -> None:
-        """Say that it does."""
+        """Note that a tensor would lie on the host although the model is on a card."""
         self._on_host[id(tensor)] = weakref.ref(tensor)
 
     # --- who asked -----------------------------------------------------------------------------

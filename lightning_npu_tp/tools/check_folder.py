@@ -1,7 +1,7 @@
 """What `lightning-npu-tp check` can say of a Hugging Face folder before a process is started.
 
 Its config, its tokenizer, the structure of its model, and the memory that ranks and one process would need. What the
-processes do is `check_ranks.py`'s, what is printed `commands/check.py`'s.
+processes do is `check_ranks.py`'s, what is printed `check_lines.py`'s.
 """
 
 from __future__ import annotations
@@ -86,11 +86,11 @@ def device_type(asked: str, ranks: int) -> str:
     return asked
 
 
-def check_dtype(dtype: str, on: str) -> None:
+def check_dtype(dtype: str, device_type: str) -> None:
     """Raise ConfigError for a --dtype that does not exist or that the device does not compute in."""
-    works = [name for name, precision in _PRECISIONS.items() if precision in devices.supported_precisions(on)]
+    works = [name for name, precision in _PRECISIONS.items() if precision in devices.supported_precisions(device_type)]
     if dtype not in works:
-        raise ConfigError(f"--dtype {dtype} cannot be computed on {on}. Use one of {', '.join(works)}.")
+        raise ConfigError(f"--dtype {dtype} cannot be computed on {device_type}. Use one of {', '.join(works)}.")
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ class Structure:
 
     @classmethod
     def of(cls, config: Any) -> Structure:
-        """Of a config; takes no memory. Raises ConversionError and ConfigError for what cannot be converted."""
+        """The structure of a config's model; takes no memory. Raises ConversionError or ConfigError for another one."""
         plan, sizes = plan_of(config), ModelSizes.of(config)
         tied = {"lm_head.weight"} if getattr(config, "tie_word_embeddings", False) else set()
         shapes = {name: shape for name, shape in plan.shapes.items() if name not in tied}
@@ -162,7 +162,7 @@ class Structure:
         return cls(plan.family.name, sizes, total, total - idle, plan, shapes)
 
     def run(self, config: Any, layout: Layout, options: Options, dtype: str, rows: int, length: int) -> Run:
-        """For the arithmetic of memory: a step without an optimizer."""
+        """One step without an optimizer, as the arithmetic of memory takes it; rows: of all data ranks together."""
         width = DTYPES[dtype].itemsize
         return Run(
             sizes=self.sizes,

@@ -84,11 +84,25 @@ class RankAnswer:
     rows: tuple[int, int] = (0, 0)
     logits: Tensor | None = None
 
+    def as_json(self) -> dict[str, Any]:
+        """This rank's share and costs, for `--json`."""
+        return {
+            "local_experts": self.experts[1] if self.experts else None,
+            "parameters": self.parameters,
+            "weight_bytes": self.local_bytes,
+            "read_bytes": self.read_bytes,
+            "read_seconds": self.read_seconds,
+            "peak_loading_bytes": self.loading_peak,
+            "peak_bytes": self.peak,
+            "forward_seconds": self.forward,
+            "backward_seconds": self.backward,
+        }
+
 
 def run_rank(rank: int, world_size: int, request: Request) -> RankAnswer:
     """Convert, load, and run a few forward and backward passes; called without a process group."""
-    on, runtime = request.device_type, devices.torch_module(request.device_type)
-    device = open_group(on, rank, request.timeout + 10)
+    runtime = devices.torch_module(request.device_type)
+    device = open_group(request.device_type, rank, request.timeout + 10)
     answer = RankAnswer()
     with HostPeak() as peak:
         try:
@@ -99,7 +113,8 @@ def run_rank(rank: int, world_size: int, request: Request) -> RankAnswer:
         answer.loading_peak = peak.grown
         for step in range(_STEPS):
             _step(request, model, meshes, answer, first=step == 0)
-    answer.peak = peak.grown if on == "cpu" else int(runtime.memory_stats(device).get("allocated_bytes.all.peak", 0))
+    counters = runtime.memory_stats(device)
+    answer.peak = peak.grown if device.type == "cpu" else int(counters.get("allocated_bytes.all.peak", 0))
     return answer
 
 
@@ -168,6 +183,16 @@ class AloneAnswer:
     forward: float
     backward: float
     peak: int
+
+    def as_json(self) -> dict[str, Any]:
+        """One process's numbers and costs, for `--json`."""
+        return {
+            "loss": self.loss,
+            "gradient_norm": self.grad_norm,
+            "forward_seconds": self.forward,
+            "backward_seconds": self.backward,
+            "peak_bytes": self.peak,
+        }
 
 
 def run_alone(rank: int, world_size: int, request: Request, threads: int, backward: bool) -> AloneAnswer:

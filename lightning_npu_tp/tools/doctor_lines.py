@@ -21,17 +21,17 @@ class Line:
 
 
 def ok(name: str, detail: str) -> Line:
-    """Nothing to do."""
+    """A line of what is as it should be."""
     return Line(name, "ok", detail)
 
 
 def warn(name: str, detail: str, fix: str) -> Line:
-    """Some runs may suffer."""
+    """A line of what some runs may suffer from."""
     return Line(name, "warn", detail, fix)
 
 
 def fail(name: str, detail: str, fix: str) -> Line:
-    """Runs will fail."""
+    """A line of what will make runs fail."""
     return Line(name, "fail", detail, fix)
 
 

@@ -53,7 +53,7 @@ class HostPeak(threading.Thread):
 
     @override
     def run(self) -> None:
-        """See Thread."""
+        """Look until the block ends."""
         while self._running:
             self.value = max(self.value, anonymous_bytes())
             time.sleep(_EVERY_S)

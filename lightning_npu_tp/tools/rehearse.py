@@ -50,7 +50,7 @@ class ProcessReport:
 
     @classmethod
     def read(cls, content: Mapping[str, Any]) -> ProcessReport:
-        """From the file that the process left."""
+        """The report in the content of the file that a process left."""
         report = cls(pid=content["pid"], rank=content["rank"], waits=Counter(content["synchronisations"]))
         for name, value in content["counters"].items():
             if match := _TRAFFIC.fullmatch(name):
@@ -65,7 +65,7 @@ class ProcessReport:
 
     @property
     def used_a_card(self) -> bool:
-        """Whether it held memory of any device."""
+        """Whether the process held memory of any device."""
         return any(self.peaks.values())
 
 
@@ -103,7 +103,7 @@ class Rehearsal:
         return total
 
     def as_json(self) -> dict[str, Any]:
-        """For `--json`."""
+        """Exit code, processes, traffic, fallbacks and host waits as plain data."""
         return {
             "exit_code": self.exit_code,
             "processes": [
@@ -143,7 +143,7 @@ def rehearse(
     """Run the command under the simulated card and add up what its processes report.
 
     command: a name without a folder is looked for beside this Python first: `python` is this one.
-    devices, memory_gib, soc, float64: as of `ascend_sim.install`. faults: as in `ascend_sim/faults.py`.
+    devices, memory_gib, soc, float64: see `ascend_sim.install`. faults: see `ascend_sim/faults.py`.
     report_dir: where the reports stay; a temporary folder by default. Must hold no reports yet.
     Raises ConfigError when the simulator or the command cannot be started; the run's own failure is its exit code.
     """

@@ -107,11 +107,6 @@ class NPUAccelerator(Accelerator):
         accelerator_registry.register(cls.name(), cls, description="Ascend NPU", override=True)
 
 
-def register() -> None:
-    """Make `Trainer(accelerator="npu")` work."""
-    NPUAccelerator.register_accelerators(AcceleratorRegistry)
-
-
 def _indices(devices: Any, count: int) -> list[int]:
     value = devices.strip() if isinstance(devices, str) else devices
     if value in ("auto", "-1") or (type(value) is int and value == -1):
@@ -130,3 +125,7 @@ def _indices(devices: Any, count: int) -> list[int]:
     raise ConfigError(
         f"trainer.devices={devices!r} names no devices. Set it to 'auto', a number of NPUs, or a list of their indices."
     )
+
+
+# Here and not in registration.py, which may meet this module half imported.
+NPUAccelerator.register_accelerators(AcceleratorRegistry)

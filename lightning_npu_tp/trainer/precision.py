@@ -133,7 +133,7 @@ def rebuild_precision(plugin: stock.Precision, device_type: str) -> stock.Precis
     raise ConfigError(
         f"the precision plugin {type(plugin).__qualname__} is not made for sharded parameters on {device_type}. Set "
         f"trainer.precision to one of {supported} instead, or derive the plugin from "
-        f"lightning_npu_tp.trainer.precision.ShardedClipping and give it the device {device_type!r}."
+        f"lightning_npu_tp.ShardedClipping and give it the device {device_type!r}."
     )
 
 

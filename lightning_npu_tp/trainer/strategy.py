@@ -26,7 +26,6 @@ from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins.precision import Precision
-from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 from lightning_utilities.core.rank_zero import rank_zero_only as utils_rank_zero_only
@@ -570,13 +569,3 @@ class NPUTensorParallelStrategy(CheckpointHooks):
     def _module(self) -> LightningModule:
         assert self.lightning_module is not None, "no trainer call has connected a module yet"
         return self.lightning_module
-
-
-def register_strategy() -> None:
-    """Make `Trainer(strategy="npu_tp")` work."""
-    StrategyRegistry.register(
-        NPUTensorParallelStrategy.strategy_name,
-        NPUTensorParallelStrategy,
-        description="Tensor and expert parallelism on NPU, CUDA and CPU",
-        override=True,
-    )

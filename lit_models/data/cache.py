@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lightning_npu_tp import DataError
 from lightning_npu_tp.checkpoint.files import (
     PARTIAL,
     beside,
@@ -30,7 +31,6 @@ from lightning_npu_tp.checkpoint.files import (
     unsealed_json,
 )
 from lightning_npu_tp.checkpoint.locks import Holder, hold
-from lightning_npu_tp.errors import DataError
 
 _NOTES = "cache.json"
 _FORMAT = 2

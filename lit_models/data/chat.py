@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from typing_extensions import override
 
-from lightning_npu_tp.errors import DataError
+from lightning_npu_tp import DataError
 from lit_models.data.cache import open_or_build
 from lit_models.data.conversations import ChatTemplate, Conversation, MessageKeys, read_conversations
 from lit_models.data.documents import SourceFile, find_files, split_point

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from lightning_npu_tp.errors import DataError
+from lightning_npu_tp import DataError
 from lit_models.data.documents import Record, SourceFile, read_records
 from lit_models.data.tokenizers import Tokenizer
 

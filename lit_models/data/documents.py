@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning_npu_tp.errors import DataError
+from lightning_npu_tp import DataError
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 _TEST_FOLDERS = frozenset({"test", "tests", "idle_test"})

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from lightning_npu_tp.errors import DataError
+from lightning_npu_tp import DataError
 from lit_models.data.documents import Document
 from lit_models.data.streams import StreamBuilder
 

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 from typing_extensions import override
 
-from lightning_npu_tp.errors import DataError
+from lightning_npu_tp import DataError
 from lit_models.data.cache import default_folder
 from lit_models.data.documents import SourceFile
 from lit_models.data.order import EpochSampler
@@ -46,7 +46,7 @@ class SequenceSet(Protocol):
         ...
 
     def round_up(self, multiple: int) -> Any:
-        """The same with blank sequences up to a multiple."""
+        """A copy of the set with blank sequences appended, up to a multiple of `multiple`."""
         ...
 
     def __len__(self) -> int: ...

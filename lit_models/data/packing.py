@@ -30,7 +30,7 @@ import torch
 from torch.utils.data import Dataset
 from typing_extensions import override
 
-from lightning_npu_tp.errors import DataError
+from lightning_npu_tp import DataError
 from lit_models.data.streams import TokenStream
 
 IGNORED = -100  # torch's and transformers' ignore_index

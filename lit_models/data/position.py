@@ -16,7 +16,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from lightning_npu_tp.errors import DataError
+from lightning_npu_tp import DataError
 from lit_models.data.order import EpochSampler
 
 _KEYS = {"epoch", "samples", "samples_per_step", "ended", "identity"}

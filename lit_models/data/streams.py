@@ -31,7 +31,7 @@ class TokenStream:
 
     @property
     def num_tokens(self) -> int:
-        """N, the eos of every document included."""
+        """Number of tokens N, the eos of every document included."""
         return len(self.tokens)
 
     @property
@@ -52,7 +52,7 @@ class _Growing:
         self._buffered = 0
 
     def append(self, values: ArrayLike) -> None:
-        """Values are copied."""
+        """Append a copy of one value or of several."""
         array = np.array(values, dtype=self.dtype, ndmin=1)
         self._buffer.append(array)
         self._buffered += array.nbytes + 64

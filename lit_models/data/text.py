@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from typing_extensions import override
 
-from lightning_npu_tp.errors import DataError
+from lightning_npu_tp import DataError
 from lit_models.data.cache import open_or_build
 from lit_models.data.documents import (
     Document,

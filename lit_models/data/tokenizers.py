@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from lightning_npu_tp.errors import DataError
+from lightning_npu_tp import DataError
 
 
 class Tokenizer(Protocol):
@@ -87,11 +87,11 @@ class ByteTokenizer:
         return bytes(int(i) for i in ids if i < 256).decode("utf-8", errors="replace")
 
     def place_to_cut(self, text: str) -> int:
-        """Anywhere."""
+        """The whole length of `text`: bytes may be cut anywhere."""
         return len(text)
 
     def fingerprint(self) -> str:
-        """The same everywhere: there is nothing to configure."""
+        """A constant digest: bytes have nothing to configure."""
         return _digest(["bytes", self.vocab_size])
 
 

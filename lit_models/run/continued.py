@@ -13,7 +13,6 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from typing_extensions import override
 
 from lightning_npu_tp.callbacks import LossCurve
-from lightning_npu_tp.trainer.loops import VALIDATION
 from lit_models.run.loggers import CSVMetrics, TensorBoard
 
 ROW = "row_of_this_step"
@@ -54,7 +53,7 @@ class ContinueRun(Callback):
             # A validation before the fit is logged at this step, and cut when the fit begins.
             trainer.fit_loop.epoch_loop._batches_that_stepped = step
             return
-        validates = loops is not None and loops["epoch_loop.state_dict"].get("left") == VALIDATION
+        validates = loops is not None and loops["epoch_loop.state_dict"].get("left") == "validation"
         self._cut(trainer, step, row, validates=validates)
 
     @override
@@ -66,7 +65,7 @@ class ContinueRun(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The same, where nothing was validated before."""
+        """Where nothing was validated before the first step: what an earlier start logged goes here."""
         self.on_validation_start(trainer, pl_module)
 
     @rank_zero_only

@@ -14,7 +14,7 @@ from hydra.utils import instantiate
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 
-from lightning_npu_tp.errors import ConfigError, LightningNPUTPError
+from lightning_npu_tp import ConfigError, LightningNPUTPError
 
 
 def build(config: DictConfig, key: str, **arguments: Any) -> Any:

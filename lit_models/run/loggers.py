@@ -21,7 +21,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from typing_extensions import override
 
-from lightning_npu_tp.errors import ConfigError
+from lightning_npu_tp import ConfigError
 
 log = logging.getLogger(__name__)
 

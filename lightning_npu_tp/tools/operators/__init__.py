@@ -47,7 +47,7 @@ class OperatorTable:
         return self.classes.get(operator) or classify(operator, ())
 
     def as_text(self) -> str:
-        """The file's content."""
+        """The table as the text of its file, which `parse` reads back."""
         lines = [
             "# Operators of torch and what torch_npu does with them. Written by scripts/make_operator_table.py.",
             f"torch {self.torch}",
@@ -60,7 +60,7 @@ class OperatorTable:
 
 
 def parse(text: str) -> OperatorTable:
-    """The table in a file's content."""
+    """The table that the text of a file holds."""
     versions: dict[str, str] = {}
     classes: dict[str, str] = {}
     kind = ""
@@ -77,7 +77,7 @@ def parse(text: str) -> OperatorTable:
 
 @cache
 def operator_table() -> OperatorTable:
-    """The table that comes with the package."""
+    """The table of the torch_npu release that the package was tested with."""
     return parse(files(__name__).joinpath(TABLE).read_text(encoding="utf-8"))
 
 

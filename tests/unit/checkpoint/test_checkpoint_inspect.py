@@ -16,7 +16,7 @@ from test_checkpoint_format import save
 from typer.testing import CliRunner
 
 from lightning_npu_tp.checkpoint.files import beside
-from lightning_npu_tp.tools.commands.inspect import inspect
+from lightning_npu_tp.tools.commands.inspect_command import inspect
 
 app = typer.Typer()
 app.command()(inspect)

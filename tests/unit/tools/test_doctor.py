@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 from lightning_npu_tp.devices import device
 from lightning_npu_tp.tools import doctor, doctor_ascend
-from lightning_npu_tp.tools.commands.doctor import doctor as command
+from lightning_npu_tp.tools.commands.doctor_command import doctor as command
 from lightning_npu_tp.tools.doctor_lines import Line, answer_of
 
 ROOT = Path(__file__).parents[3]
@@ -396,7 +396,7 @@ def test_the_exit_code_and_the_json_say_whether_a_run_would_fail(monkeypatch) ->
 
 
 def test_this_machine_is_examined_within_seconds() -> None:
-    code = "import typer; from lightning_npu_tp.tools.commands.doctor import doctor; typer.run(doctor)"
+    code = "import typer; from lightning_npu_tp.tools.commands.doctor_command import doctor; typer.run(doctor)"
     start = time.monotonic()
     done = subprocess.run([sys.executable, "-c", code, "--json"], capture_output=True, text=True, timeout=100)
     assert time.monotonic() - start < 60 and done.returncode in (0, 1), done.stderr
@@ -413,7 +413,7 @@ sys.modules["lightning_npu_tp"] = package
 for name in ("torch", "transformers", "lightning", "torch_npu"):
     sys.modules[name] = None
 from lightning_npu_tp.tools.doctor import examine
-from lightning_npu_tp.tools.commands.doctor import doctor
+from lightning_npu_tp.tools.commands.doctor_command import doctor
 print(*(line.name for line in examine()), sep="\\n")
 """
 

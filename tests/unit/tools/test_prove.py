@@ -29,7 +29,8 @@ from lightning_npu_tp.errors import ConfigError
 from lightning_npu_tp.parallel.layout import Layout
 from lightning_npu_tp.tools import check_folder
 from lightning_npu_tp.tools import prove as proving
-from lightning_npu_tp.tools.cli import app, read_model_config
+from lightning_npu_tp.tools.cli import app
+from lightning_npu_tp.tools.model_config import read_model_config
 from lightning_npu_tp.tools.prove import BOUNDS, Check, Proof, Worst, check_layout, load_families, uneven_batches
 from lightning_npu_tp.tools.small_model import shrink, smaller
 from lightning_npu_tp.tools.testing.models import reference_model, tiny_deepseek_v2_config

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from lightning_npu_tp.errors import ConfigError
 from lightning_npu_tp.tools import rehearse as rehearsing
-from lightning_npu_tp.tools.commands.rehearse import exit_code, tables, verdict
+from lightning_npu_tp.tools.commands.rehearse_command import exit_code, tables, verdict
 from lightning_npu_tp.tools.rehearse import ProcessReport, Rehearsal, read_reports
 
 

@@ -20,7 +20,8 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning_npu_tp.devices import device
 from lightning_npu_tp.errors import ConfigError, DeviceError
 from lightning_npu_tp.tools.testing.ranks import run_ranks
-from lightning_npu_tp.trainer.accelerator import NPUAccelerator, register
+from lightning_npu_tp.trainer.accelerator import NPUAccelerator
+from lightning_npu_tp.trainer.registration import register_with_lightning
 
 
 @pytest.fixture
@@ -67,7 +68,6 @@ def test_a_device_named_twice_is_refused(four_npus):
 
 def test_without_torch_npu_the_trainer_says_what_is_missing_and_what_to_run(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch_npu", None)
-    register()
     wanted = r"trainer.accelerator=npu cannot be used here: torch_npu is not installed(.|\n)*trainer.accelerator=cpu"
     with pytest.raises(DeviceError, match=wanted):
         Trainer(accelerator="npu", logger=False, enable_checkpointing=False)
@@ -76,8 +76,8 @@ def test_without_torch_npu_the_trainer_says_what_is_missing_and_what_to_run(monk
 
 
 def test_registering_twice_is_harmless_and_keeps_the_name():
-    register()
-    register()
+    register_with_lightning()
+    register_with_lightning()
     assert AcceleratorRegistry["npu"]["accelerator"] is NPUAccelerator
     assert NPUAccelerator.name() == "npu"
     assert issubclass(NPUAccelerator, Accelerator)
@@ -87,7 +87,6 @@ def use_the_fake(rank, world_size, path):
     # Lightning warns of a registered accelerator that is not used, and of much else.
     warnings.simplefilter("ignore")
     sys.path.insert(0, path)
-    register()
     trainer = Trainer(
         accelerator="npu", devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False, max_steps=1
     )

@@ -24,7 +24,7 @@ from lightning_npu_tp.launch.supervisor import _reads_like_lost_peer, looks_like
 from lightning_npu_tp.trainer import explain_device
 from lightning_npu_tp.trainer.explain_collective import explain
 from lightning_npu_tp.trainer.explain_device import OutOfMemory, explain_device_error
-from lit_models.causal_lm import LitCausalLM
+from lit_models.language_model import LitCausalLM
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*does not have many workers", "ignore:.*LeafSpec", "ignore:.*treespec", "ignore:.*no `val_dataloader`"

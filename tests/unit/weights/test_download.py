@@ -25,7 +25,7 @@ from huggingface_hub import constants
 from typer.testing import CliRunner
 
 from lightning_npu_tp.checkpoint.locks import hold
-from lightning_npu_tp.tools.commands.download import download
+from lightning_npu_tp.tools.commands.download_command import download
 from lightning_npu_tp.weights import hub_download as downloading
 
 SHA = "0123456789abcdef0123456789abcdef01234567"

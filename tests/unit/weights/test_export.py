@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 
 from lightning_npu_tp.checkpoint import training_state
 from lightning_npu_tp.errors import CheckpointError, ConfigError
-from lightning_npu_tp.tools.commands.export import bytes_of, export
+from lightning_npu_tp.tools.commands.export_command import bytes_of, export
 from lightning_npu_tp.tools.testing.models import tiny_config
 from lightning_npu_tp.weights import hf_export as exporting
 from lightning_npu_tp.weights import hf_folder, row_runs

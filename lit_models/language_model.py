@@ -19,8 +19,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_npu_tp import weights_from
-from lightning_npu_tp.errors import ConfigError
+from lightning_npu_tp import ConfigError, weights_from
 from lit_models.metrics import TokenLoss, TokenPerplexity
 from lit_models.optim import NO_WEIGHT_DECAY, weight_decay_groups
 from lit_models.token_mean import TokenMean
@@ -174,12 +173,12 @@ class LitCausalLM(LightningModule):
 
     @override
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Token-weighted loss and perplexity."""
+        """Token-weighted loss and perplexity of the validation set, logged under val/."""
         self._evaluate(batch, "val", self.val_loss, self.val_perplexity)
 
     @override
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """As validation, under test/."""
+        """Token-weighted loss and perplexity of the test set, logged under test/."""
         self._evaluate(batch, "test", self.test_loss, self.test_perplexity)
 
     def _evaluate(self, batch: dict[str, Tensor], stage: str, loss: TokenLoss, perplexity: TokenPerplexity) -> None:
@@ -256,7 +255,7 @@ def _model_config(architecture: str, values: dict[str, Any]) -> Any:
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
-    from lightning_npu_tp.models.families.registry import supported
+    from lightning_npu_tp.models import supported
 
     if architecture not in supported():
         raise ConfigError(

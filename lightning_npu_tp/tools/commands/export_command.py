@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from lightning_npu_tp.errors import ConfigError, LightningNPUTPError
+from lightning_npu_tp.errors import ConfigError
+from lightning_npu_tp.tools.commands.conventions import OwnFamilies, exit_codes
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -32,7 +33,7 @@ def export(
     tokenizer: Annotated[str | None, typer.Option(help="folder or tokenizer.json; none for none")] = None,
     config: Annotated[str | None, typer.Option(help="of the model: Hugging Face folder or config.json")] = None,
     model: Annotated[str | None, typer.Option(help="path of the model in its module, if there are several")] = None,
-    families: Annotated[list[str] | None, typer.Option(help="your ModelFamily, as package.module:NAME")] = None,
+    families: OwnFamilies = None,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="neither checksums nor comparisons")] = False,
 ) -> None:
     """Write a checkpoint's weights as a Hugging Face folder that transformers and vLLM load.
@@ -40,9 +41,9 @@ def export(
     The published per-expert names, safetensors files with index, config, generation config and tokenizer. Then the
     folder is loaded through transformers and every tensor compared with the checkpoint, bit for bit.
     """
-    from lightning_npu_tp.weights.hf_export import DTYPES, export_checkpoint
+    with exit_codes(otherwise=1):
+        from lightning_npu_tp.weights.hf_export import DTYPES, export_checkpoint
 
-    try:
         if dtype is not None and dtype not in DTYPES:
             raise ConfigError(f"--dtype {dtype} is not known. Set it to one of {', '.join(DTYPES)}.")
         if not checkpoint.exists():
@@ -59,12 +60,6 @@ def export(
             families=_families(families or []),
             verify=not no_verify,
         )
-    except (ConfigError, OSError) as error:
-        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
-        raise typer.Exit(2) from error
-    except LightningNPUTPError as error:
-        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
-        raise typer.Exit(1) from error
     for note in done.notes:
         typer.echo(note)
     if done.differences:

@@ -7,13 +7,11 @@ checkpoints gives one row for each.
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from lightning_npu_tp.checkpoint.files import in_place, left_beside, size_in_words
@@ -29,8 +27,7 @@ from lightning_npu_tp.checkpoint.manifest import (
     verify,
 )
 from lightning_npu_tp.errors import CheckpointError
-
-_WIDE = 160
+from lightning_npu_tp.tools.commands.conventions import wide_console
 
 
 @dataclass
@@ -50,13 +47,13 @@ class Finding:
 
     @property
     def state(self) -> str:
-        """In one or two words."""
+        """Completeness and verification in a few words."""
         if self.problems:
             return "damaged or incomplete"
         return "complete, verified" if self.verified else "complete, not verified"
 
     def as_json(self) -> dict[str, Any]:
-        """For `--json`."""
+        """The finding as plain data, the manifest included."""
         manifest = None if self.manifest is None else asdict(self.manifest)
         return {
             "path": str(self.path),
@@ -79,7 +76,6 @@ def inspect(
     """
     path = in_place(checkpoint)
     inside = checkpoints_in(path) or checkpoints_in(path / "checkpoints")
-    console = Console(width=None if sys.stdout.isatty() else _WIDE)
     if path.is_file() or is_sharded(path):
         findings = [look_at(path, checksums=verify_checksums)]
         content: Any = findings[0].as_json()
@@ -96,7 +92,7 @@ def inspect(
     if as_json:
         typer.echo(json.dumps(content, indent=2, default=str))
     else:
-        console.print(table)
+        wide_console().print(table)
         for problem in [problem for finding in findings for problem in finding.problems]:
             typer.echo(problem)
     raise typer.Exit(1 if any(finding.problems for finding in findings) else 0)

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from lightning_npu_tp.errors import ConfigError, LightningNPUTPError, RankFailure
+from lightning_npu_tp.errors import ConfigError
+from lightning_npu_tp.tools.commands import conventions as shared
 
-_WIDE = 160
+if TYPE_CHECKING:
+    from lightning_npu_tp.tools.audit import Finding
 
 
 def audit(
@@ -27,94 +27,57 @@ def audit(
         str | None,
         typer.Option(help="package.module:function that returns your LightningModule, or one and a batch; as it is"),
     ] = None,
-    data: Annotated[int, typer.Option(help="data ranks")] = 1,
-    tensor: Annotated[int, typer.Option(help="tensor ranks")] = 1,
-    expert: Annotated[int | None, typer.Option(help="expert ranks; as many as tensor ranks by default")] = None,
-    sequence_parallel: Annotated[bool, typer.Option("--sequence-parallel", help="slice sequences")] = False,
-    recompute: Annotated[str, typer.Option(help="none, moe or block")] = "none",
-    dispatch: Annotated[str, typer.Option(help="auto, replicated or all_to_all")] = "auto",
-    data_parallel: Annotated[str, typer.Option(help="shard or replicate")] = "shard",
+    data: shared.DataRanks = 1,
+    tensor: shared.TensorRanks = 1,
+    expert: shared.ExpertRanks = None,
+    sequence_parallel: shared.SequenceParallel = False,
+    recompute: shared.RecomputeMode = "none",
+    dispatch: shared.DispatchMode = "auto",
+    data_parallel: shared.DataParallelMode = "shard",
     unconverted: Annotated[bool, typer.Option("--unconverted", help="as transformers computes it")] = False,
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32")] = "bfloat16",
-    families: Annotated[list[str] | None, typer.Option(help="your ModelFamily, as package.module:NAME")] = None,
+    families: shared.OwnFamilies = None,
     allow: Annotated[
         list[str] | None, typer.Option(help="pattern of an operator or file:line that does not count; may be repeated")
     ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="write the findings to this file")] = None,
-    timeout: Annotated[float, typer.Option(help="seconds that the ranks may take")] = 600.0,
+    json_file: shared.JsonFile = None,
+    timeout: shared.RankSeconds = 600.0,
 ) -> None:
     """Find what would stall an Ascend card in one training step: no card and no torch_npu needed.
 
     Operators that fall back to the CPU, have a shape that depends on values, make the host wait or refuse a dtype,
     by the operator table of torch_npu 2.13.0, each with its module, file, line and count. Exit code 1: there are some.
     """
-    try:
-        what = _what(
-            model, module, data, tensor, expert, sequence_parallel, recompute, dispatch, data_parallel, unconverted
-        )
+    with shared.exit_codes("the step", otherwise=2):
+        if (model is None) == (module is None):
+            raise ConfigError("Say what to audit: either --model NAME or --module package.module:function.")
+        layout = shared.layout_of(data, tensor, expert)
         from lightning_npu_tp.tools import audit_run
+        from lightning_npu_tp.tools.model_config import read_model_config
 
+        # A function beside the working folder's train.py, as Python itself would find it there.
+        sys.path.insert(0, str(Path.cwd()))
         request = audit_run.Request(
-            **what, dtype=dtype, unconverted=unconverted, families=tuple(families or ()), allow=tuple(allow or ())
+            config=None if model is None else read_model_config(model),
+            module=module or "",
+            layout=layout,
+            options=shared.options_of(sequence_parallel, recompute, dispatch, data_parallel),
+            dtype=dtype,
+            unconverted=unconverted,
+            families=tuple(families or ()),
+            allow=tuple(allow or ()),
         )
         findings, title = audit_run.audit(request, timeout=timeout)
         counted = [finding for finding in findings if not finding.allowed]
-        if json_file is not None:
-            content = {"audited": title, "ok": not counted, "findings": [finding.as_json() for finding in findings]}
-            json_file.write_text(json.dumps(content, indent=2) + "\n")
-    except (RankFailure, TimeoutError) as error:
-        typer.echo(f"error: the step did not come to an end: {error}", err=True)
-        raise typer.Exit(1) from error
-    except (LightningNPUTPError, OSError) as error:
-        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
-        raise typer.Exit(2) from error
-    console = Console(width=None if sys.stdout.isatty() else _WIDE)
+        found = [finding.as_json() for finding in findings]
+        shared.write_json(json_file, {"audited": title, "ok": not counted, "findings": found})
     if findings:
-        console.print(findings_table(findings, title))
+        shared.wide_console().print(findings_table(findings, title))
     typer.echo(verdict(findings, title))
     raise typer.Exit(1 if counted else 0)
 
 
-def _what(
-    model: str | None,
-    module: str | None,
-    data: int,
-    tensor: int,
-    expert: int | None,
-    sequence_parallel: bool,
-    recompute: str,
-    dispatch: str,
-    data_parallel: str,
-    unconverted: bool,
-) -> dict[str, Any]:
-    """What to audit, as `audit_run.Request` takes it. Raises ConfigError for options that cannot be."""
-    if (model is None) == (module is None):
-        raise ConfigError("Say what to audit: either --model NAME or --module package.module:function.")
-    for name, size in (("data", data), ("tensor", tensor)):
-        if size < 1:
-            raise ConfigError(f"--{name} {size} is no number of ranks. Set --{name} to 1 or more.")
-    from lightning_npu_tp.convert.convert import Options
-    from lightning_npu_tp.parallel.layout import Layout
-    from lightning_npu_tp.tools.model_config import read_model_config
-
-    # A function beside the working folder's train.py, as Python itself would find it there.
-    sys.path.insert(0, str(Path.cwd()))
-    return {
-        "config": None if model is None else read_model_config(model),
-        "module": module or "",
-        "layout": Layout.resolve(
-            world=data * tensor, data=data, tensor=tensor, expert="auto" if expert is None else expert
-        ),
-        "options": Options(
-            sequence_parallel=sequence_parallel,
-            dispatch=dispatch,  # type: ignore[arg-type]
-            recompute=recompute,  # type: ignore[arg-type]
-            data_parallel=data_parallel,  # type: ignore[arg-type]
-        ),
-    }
-
-
-def findings_table(findings: Sequence[Any], title: str) -> Table:
+def findings_table(findings: Sequence[Finding], title: str) -> Table:
     """A section per kind and a row per line and fault; what is allowed comes last and is dim."""
     table = Table(title=title)
     table.add_column("what", overflow="fold", ratio=3)
@@ -122,7 +85,7 @@ def findings_table(findings: Sequence[Any], title: str) -> Table:
     table.add_column("module", overflow="fold", ratio=3)
     table.add_column("line", overflow="fold", ratio=6)
     table.add_column("why, and what to do instead", overflow="fold", ratio=5)
-    rows: dict[tuple[Any, ...], list[Any]] = {}
+    rows: dict[tuple[Any, ...], list[Finding]] = {}
     for finding in sorted(findings, key=lambda finding: bool(finding.allowed)):
         heading = "allowed" if finding.allowed else finding.kind
         remark = finding.allowed or f"{finding.why}: {finding.instead}"
@@ -153,8 +116,8 @@ def _any_layer(module: str) -> str:
     return re.sub(r"\.\d+(?=\.|$)", ".*", module)
 
 
-def verdict(findings: Sequence[Any], title: str) -> str:
-    """The answer in one line."""
+def verdict(findings: Sequence[Finding], title: str) -> str:
+    """How many findings of each kind count, in one line."""
     counted = [finding for finding in findings if not finding.allowed]
     allowed = sum(finding.count for finding in findings if finding.allowed)
     also = f" ({allowed} allowed)" if allowed else ""

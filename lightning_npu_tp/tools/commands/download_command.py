@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from lightning_npu_tp.errors import ConfigError, LightningNPUTPError
-
-_WIDE = 160
+from lightning_npu_tp.errors import ConfigError
+from lightning_npu_tp.tools.commands.conventions import exit_codes, wide_console
 
 
 def download(
@@ -35,7 +32,7 @@ def download(
 
     endpoint = (endpoint or os.environ.get("HF_ENDPOINT") or "").rstrip("/") or None
     token = os.environ.get(token_env) or None
-    try:
+    with exit_codes(otherwise=1):
         if token is None and token_env != "HF_TOKEN":
             raise ConfigError(f"--token-env {token_env}: no such variable is set. Set it, or leave the option out.")
         listing = downloading.list_repository(repo_id, revision=revision, endpoint=endpoint, token=token)
@@ -44,7 +41,7 @@ def download(
         table.add_column("size", justify="right")
         for file in listing.files:
             table.add_row(file.name, size_in_words(file.bytes))
-        Console(width=None if sys.stdout.isatty() else _WIDE).print(table)
+        wide_console().print(table)
         free = downloading.require_space(listing, dest)
         typer.echo(
             f"{len(listing.files)} files, {size_in_words(listing.bytes)}; {size_in_words(free)} are free in {dest}; "
@@ -53,12 +50,6 @@ def download(
         if dry_run:
             return
         downloading.fetch(listing, dest, endpoint=endpoint, token=token, tell=typer.echo)
-    except (ConfigError, OSError) as error:
-        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
-        raise typer.Exit(2) from error
-    except LightningNPUTPError as error:
-        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
-        raise typer.Exit(1) from error
-    verified = sum(1 for file in listing.files if file.has_hash)
-    how_many = "all" if verified == len(listing.files) else f"{verified} of them"
-    typer.echo(f"{dest}: {len(listing.files)} files of {repo_id}, {how_many} verified")
+        verified = sum(1 for file in listing.files if file.has_hash)
+        how_many = "all" if verified == len(listing.files) else f"{verified} of them"
+        typer.echo(f"{dest}: {len(listing.files)} files of {repo_id}, {how_many} verified")

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from lightning_npu_tp.errors import LightningNPUTPError
+from lightning_npu_tp.tools.commands.conventions import JsonFile, exit_codes, wide_console, write_json
 from lightning_npu_tp.tools.rehearse import Rehearsal
 from lightning_npu_tp.tools.rehearse import rehearse as run_rehearsal
-
-_WIDE = 160
 
 
 def rehearse(
@@ -28,14 +23,14 @@ def rehearse(
     fault: Annotated[list[str] | None, typer.Option(help="a fault on purpose, see docs/simulator.md")] = None,
     strict: Annotated[bool, typer.Option("--strict", help="exit with 1 for operators that ran on the CPU")] = False,
     top: Annotated[int, typer.Option(help="how many places of host waits to list")] = 10,
-    json_file: Annotated[Path | None, typer.Option("--json", help="write the sums to this file")] = None,
+    json_file: JsonFile = None,
     report_dir: Annotated[Path | None, typer.Option(help="keep the report of each process there")] = None,
 ) -> None:
     """Run a command under the real torch_npu on simulated Ascend cards, and sum up what it did on them.
 
     Exit code: the run's own; 1 if no process used a card, or as --strict asks; 2 for a mistake in the arguments.
     """
-    try:
+    with exit_codes(otherwise=2):
         rehearsal = run_rehearsal(
             command,
             devices=devices,
@@ -45,16 +40,9 @@ def rehearse(
             faults=fault or (),
             report_dir=report_dir,
         )
-        if json_file is not None:
-            json_file.write_text(json.dumps(rehearsal.as_json(), indent=2) + "\n")
-    except (LightningNPUTPError, OSError) as error:
-        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
-        raise typer.Exit(2) from error
-    # A file or a pipe has no width of its own.
-    console = Console(width=None if sys.stdout.isatty() else _WIDE)
+        write_json(json_file, rehearsal.as_json())
     if rehearsal.processes:
-        for table in tables(rehearsal, top):
-            console.print(table)
+        wide_console().print(*tables(rehearsal, top))
     typer.echo(verdict(rehearsal))
     raise typer.Exit(exit_code(rehearsal, strict))
 

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from lightning_npu_tp.tools.commands.conventions import wide_console
+
 _COLOURS = {"ok": "green", "warn": "yellow", "fail": "bold red"}
-_WIDE = 160
 
 
 def doctor(
@@ -39,8 +38,7 @@ def doctor(
     for line in lines:
         found = escape(f"{line.detail}\n-> {line.fix}" if line.fix else line.detail)
         table.add_row(escape(line.name), f"[{_COLOURS[line.status]}]{line.status}[/]", found)
-    # A file or a pipe has no width of its own.
-    Console(width=None if sys.stdout.isatty() else _WIDE).print(table)
+    wide_console().print(table)
     counts = {status: sum(line.status == status for line in lines) for status in _COLOURS}
     typer.echo(", ".join(f"{number} {status}" for status, number in counts.items()))
     raise typer.Exit(int(failed))
