@@ -70,7 +70,7 @@ class Failure:
         if self.traceback:
             return f"{self.who} failed first and {self.how}. Its own traceback:\n\n{self.traceback}"
         hint = " If nobody did that on purpose, look for an out-of-memory kill." if "SIGKILL" in self.how else ""
-        told = f" It raised no error. The end of its stderr:\n\n{self.output}" if self.output else ""
+        told = f" It left no traceback. The end of its stderr:\n\n{self.output}" if self.output else ""
         return f"{self.who} {self.how}.{hint}{told}"
 
 
