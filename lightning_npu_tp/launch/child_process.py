@@ -67,13 +67,16 @@ class ChildProcess:
         finally:
             os.close(write_fd)
         assert self.process.stderr is not None
-        self._pump_thread = threading.Thread(
-            target=self._pump, args=(self.process.stderr.fileno(), read_fd), name=f"output of {name}", daemon=True
+        self._reader = threading.Thread(
+            target=self._read_output,
+            args=(self.process.stderr.fileno(), read_fd),
+            name=f"output of {name}",
+            daemon=True,
         )
-        self._pump_thread.start()
+        self._reader.start()
 
     @property
-    def alive(self) -> bool:
+    def is_alive(self) -> bool:
         """Whether the process still runs. Once it does not, everything that it wrote has been read."""
         if self.process.poll() is None:
             return True
@@ -107,7 +110,7 @@ class ChildProcess:
 
         Bounded, because a grandchild may hold the pipes open for longer.
         """
-        self._pump_thread.join(seconds)
+        self._reader.join(seconds)
 
     def describe_end(self) -> str:
         """How it ended, in words."""
@@ -129,7 +132,7 @@ class ChildProcess:
             return str(raised["traceback"]).rstrip()
         return last_traceback(list(self._lines))
 
-    def _pump(self, stderr_fd: int, channel_fd: int) -> None:
+    def _read_output(self, stderr_fd: int, channel_fd: int) -> None:
         partial, held = {stderr_fd: b"", channel_fd: b""}, b""
         with selectors.DefaultSelector() as selector:
             for fd in partial:
@@ -215,22 +218,22 @@ def parent_channel() -> Channel | None:
 
 def end_processes(children: Iterable[ChildProcess], *, patience: float = TERMINATE_SECONDS) -> None:
     """End processes and all that they started: SIGTERM, up to `patience` seconds, then SIGKILL; then reap them."""
-    living = [child for child in children if child.alive]
+    living = [child for child in children if child.is_alive]
     descendants = [process for child in living for process in _descendants(child.process.pid)]
     for child in living:
         child.ended_by_us = True
         child.process.terminate()
     deadline = time.monotonic() + patience
-    while any(child.alive for child in living) and time.monotonic() < deadline:
+    while any(child.is_alive for child in living) and time.monotonic() < deadline:
         time.sleep(0.02)
     for child in living:
-        if child.alive:
+        if child.is_alive:
             child.process.kill()
     for process in descendants:
         _kill(process)
     for child in living:
         child.process.wait()
-        assert not child.alive
+        assert not child.is_alive
 
 
 def kill_descendants() -> None:

@@ -33,7 +33,7 @@ from lightning_npu_tp.launch.child_process import ChildProcess, parent_channel
 from lightning_npu_tp.launch.first_failure import first_failure_named
 from lightning_npu_tp.launch.hydra_job import HydraJob, current_job, program
 from lightning_npu_tp.launch.signals import SignalWatch
-from lightning_npu_tp.launch.supervisor import GRACE_SECONDS, Supervisor, end_now, say
+from lightning_npu_tp.launch.supervisor import GRACE_SECONDS, Supervisor, end_now, write_to_stderr
 
 # Given each trainer call, whose function and arguments it may read, and the trainer.
 AroundCall = Callable[[functools.partial[Any], pl.Trainer | None], AbstractContextManager[None]]
@@ -111,7 +111,7 @@ class ProcessLauncher(_SubprocessScriptLauncher):
         def notice() -> None:
             if supervisor is not None and not supervisor.terminating:
                 supervisor.terminating = True
-                say("Rank 0 was asked to end by SIGTERM; this ends the run.")
+                write_to_stderr("Rank 0 was asked to end by SIGTERM; this ends the run.")
             self.kill(signal.SIGTERM)
             if channel is not None:
                 channel.send("terminated")
@@ -119,7 +119,9 @@ class ProcessLauncher(_SubprocessScriptLauncher):
         def end(exit_code: int) -> None:
             reason = signal.Signals(exit_code - 128).name
             rank = self.cluster_environment.local_rank()
-            say(f"Local rank {rank} did not end by itself within {grace_seconds:g} s of {reason}; it was ended.")
+            write_to_stderr(
+                f"Local rank {rank} did not end by itself within {grace_seconds:g} s of {reason}; it was ended."
+            )
             if supervisor is not None:
                 supervisor.end_run(None, exit_code)
             end_now(exit_code)
@@ -132,7 +134,7 @@ class ProcessLauncher(_SubprocessScriptLauncher):
     def end_rank(self, error: BaseException) -> None:
         """End this rank from another thread, with an error that the trainer's thread does not come to report."""
         text = "".join(traceback.format_exception(error)).rstrip()
-        say(text)
+        write_to_stderr(text)
         if (channel := parent_channel()) is not None:
             channel.send("raised", traceback=text, may_be_lost_peer=may_be_lost_peer(error))
         if self._current is not None:
@@ -236,7 +238,7 @@ def check_world(cluster_environment: ClusterEnvironment, num_processes: int, num
 def _end_previous_job(supervisor: Supervisor) -> None:
     global _reserved_port
     if failure := supervisor.finish():
-        say(failure.report())
+        write_to_stderr(failure.report())
     # A group that the last job has left open would silently be used for this one.
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()

@@ -51,8 +51,8 @@ class Failure:
     """How one rank failed.
 
     traceback: of the error that ended it; "" if none did.
-    consequence: the rank only lost the connection to another one, so this is not the cause.
-    terminated: it was asked to end by SIGTERM.
+    is_consequence: the rank only lost the connection to another one, so this is not the cause.
+    was_terminated: it was asked to end by SIGTERM.
     output: the end of its stderr, for a failure without a traceback.
     """
 
@@ -61,8 +61,8 @@ class Failure:
     how: str
     exit_code: int
     traceback: str
-    consequence: bool
-    terminated: bool
+    is_consequence: bool
+    was_terminated: bool
     output: str = ""
 
     def report(self) -> str:
@@ -122,7 +122,7 @@ class Supervisor:
         for child in self.children:
             child.muted = False
         while missing := [child for child in self.children if child.count("enter") < self._calls]:
-            if not all(child.alive for child in missing):
+            if not all(child.is_alive for child in missing):
                 time.sleep(SETTLE_SECONDS)
                 self._raise_for(self.cause() or self._absent(missing[0]))
             if time.monotonic() - warned > 60:
@@ -144,13 +144,13 @@ class Supervisor:
             how="did not finish unwinding",
             exit_code=1,
             traceback="".join(traceback.format_exception(error)).rstrip(),
-            consequence=may_be_lost_peer(error),
-            terminated=False,
+            is_consequence=may_be_lost_peer(error),
+            was_terminated=False,
         )
-        if self._own_failure.consequence:
+        if self._own_failure.is_consequence:
             deadline = time.monotonic() + BLAME_SECONDS
             while time.monotonic() < deadline:
-                if (cause := self.cause()) is not None and not cause.consequence:
+                if (cause := self.cause()) is not None and not cause.is_consequence:
                     self._raise_for(cause)
                 time.sleep(0.05)
         # Only now: until here what another rank raised in this call was evidence against it.
@@ -164,7 +164,7 @@ class Supervisor:
         Returns the failure of a rank that failed meanwhile or had to be ended.
         """
         began, late = time.monotonic(), None
-        while alive := [child for child in self.children if child.alive]:
+        while alive := [child for child in self.children if child.is_alive]:
             waited = time.monotonic() - began
             stuck = next((child for child in alive if child.state == "enter"), None)
             # Once rank 0 has raised or another rank has failed there is nobody left to meet.
@@ -186,7 +186,7 @@ class Supervisor:
         where = f"Rank 0 is ended; it was at {_where_is_main_thread()}.\n" if blocked else ""
         end_processes(self.children)
         if cause is not None:
-            say(where + cause.report())
+            write_to_stderr(where + cause.report())
         end_now(exit_code or (cause.exit_code if cause else 1))
 
     # What is known
@@ -194,12 +194,12 @@ class Supervisor:
     def cause(self) -> Failure | None:
         """The failure that explains the others best: not a mere loss of connection, and then the first."""
         failures = [failure for child in self.children if (failure := self._failure(child))]
-        return min(failures, key=lambda failure: (failure.consequence, failure.time), default=None)
+        return min(failures, key=lambda failure: (failure.is_consequence, failure.time), default=None)
 
     def _failure(self, child: ChildProcess) -> Failure | None:
         if child.ended_by_us:
             return None
-        alive, exit_code = child.alive, child.exit_code
+        alive, exit_code = child.is_alive, child.exit_code
         raised = child.last("raised") if child.state == "raised" else None
         terminated = child.last("terminated") is not None or exit_code == TERMINATED
         if not exit_code and not terminated:
@@ -226,8 +226,8 @@ class Supervisor:
             how=how,
             exit_code=TERMINATED if terminated else exit_code or 1,
             traceback="" if killed or terminated else text,
-            consequence=not killed and not terminated and lost_peer,
-            terminated=terminated,
+            is_consequence=not killed and not terminated and lost_peer,
+            was_terminated=terminated,
             output="" if killed or terminated else child.tail(),
         )
 
@@ -242,8 +242,8 @@ class Supervisor:
             how=f"{how}; every rank has to make the same calls",
             exit_code=1,
             traceback="",
-            consequence=False,
-            terminated=False,
+            is_consequence=False,
+            was_terminated=False,
         )
 
     # What happens beside the main thread
@@ -252,8 +252,8 @@ class Supervisor:
         self._blamed = cause
         self._own_failure = self._own_failure or cause
         end_processes(self.children)
-        if cause.terminated:
-            say(f"{cause.who} {cause.how}; this ends the run.")
+        if cause.was_terminated:
+            write_to_stderr(f"{cause.who} {cause.how}; this ends the run.")
             raise SIGTERMException(TERMINATED) from None
         raise RankFailure(cause.report()) from None
 
@@ -266,7 +266,7 @@ class Supervisor:
                 continue
             since = since or time.monotonic()
             waited = time.monotonic() - since
-            if cause is not None and cause.terminated:
+            if cause is not None and cause.was_terminated:
                 self._pass_sigterm_on(cause, waited)
             elif self._own_failure is None:
                 if cause is not None and waited > NOTICE_SECONDS:
@@ -279,15 +279,15 @@ class Supervisor:
         handled = callable(signal.getsignal(signal.SIGTERM))
         if handled and not self.terminating and self._own_failure is None:
             self.terminating = True
-            say(f"{cause.who} {cause.how}; this ends the run.")
+            write_to_stderr(f"{cause.who} {cause.how}; this ends the run.")
             os.kill(self._pid, signal.SIGTERM)
         elif (not handled and self._own_failure is None) or waited > self.grace_seconds:
             self.end_run(cause)
 
     def _clear_up(self, cause: Failure | None, waited: float) -> None:
         """Rank 0 is unwinding: end the ranks that cannot meet it any more, and rank 0 if it hangs on the way."""
-        end_processes([child for child in self.children if child.alive and child.state != "raised"])
-        someone_is_gone = any(not child.alive for child in self.children)
+        end_processes([child for child in self.children if child.is_alive and child.state != "raised"])
+        someone_is_gone = any(not child.is_alive for child in self.children)
         if someone_is_gone and waited > UNWIND_SECONDS and _main_thread_is_in_trainer_call():
             self.end_run(self._blamed or self._own_failure or cause)
 
@@ -304,9 +304,9 @@ class Supervisor:
         cause = self.finish()
         if cause and not printed:
             self.end_run(cause)
-        elif self._blamed and not self._blamed.terminated and not printed:
+        elif self._blamed and not self._blamed.was_terminated and not printed:
             # Somebody else printed the error, Hydra for one, and added lines of his own after the traceback.
-            say(self._blamed.report())
+            write_to_stderr(self._blamed.report())
 
 
 def end_now(exit_code: int) -> NoReturn:
@@ -319,7 +319,7 @@ def end_now(exit_code: int) -> NoReturn:
     os._exit(exit_code)
 
 
-def say(text: str) -> None:
+def write_to_stderr(text: str) -> None:
     """Write to stderr from any thread, past whatever replaced sys.stderr."""
     os.write(2, f"\n{text}\n".encode())
 

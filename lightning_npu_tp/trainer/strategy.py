@@ -47,13 +47,13 @@ from lightning_npu_tp.convert.data_parallel import (
 )
 from lightning_npu_tp.devices.device import NPU, backend_for, idle_npus
 from lightning_npu_tp.devices.hccl_settings import HcclSettings, SettingsReport
-from lightning_npu_tp.devices.last_words import be_silent_at_terminate, last_words, speak_at_terminate
 from lightning_npu_tp.devices.launch_queue import (
-    heard_of_launch_queue,
+    expect_unwinding,
     launch_queue_has_ended,
-    leave_launch_queue,
+    unwatch_launch_queue,
     watch_launch_queue,
 )
+from lightning_npu_tp.devices.terminate_message import clear_terminate_message, set_terminate_message, terminate_message
 from lightning_npu_tp.errors import ConfigError, ConversionError
 from lightning_npu_tp.launch.hosts import crossings
 from lightning_npu_tp.launch.launcher import ProcessLauncher, check_world
@@ -239,7 +239,7 @@ class NPUTensorParallelStrategy(CheckpointHooks):
         try:
             yield
         except (RuntimeError, ConnectionError) as error:
-            heard_of_launch_queue(error)
+            expect_unwinding(error)
             explained = noted(error, trainer)
             try:
                 if explained is error:
@@ -344,7 +344,7 @@ class NPUTensorParallelStrategy(CheckpointHooks):
         )
         if self.root_device.type != "cpu":
             # gloo has no thread that ends the process.
-            speak_at_terminate(last_words(self.global_rank, socket.gethostname()))
+            set_terminate_message(terminate_message(self.global_rank, socket.gethostname()))
         module = self.lightning_module
         if self.root_device.type == NPU and isinstance(self._launcher, ProcessLauncher):
             trainer = None if module is None else module._trainer
@@ -385,8 +385,8 @@ class NPUTensorParallelStrategy(CheckpointHooks):
             *groups,
             partial(release_groups, self.lightning_module),
             close_process_group,
-            leave_launch_queue,
-            be_silent_at_terminate,
+            unwatch_launch_queue,
+            clear_terminate_message,
             undo_settings,
         )
         close_all(steps, failing=failing)

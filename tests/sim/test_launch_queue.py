@@ -74,8 +74,8 @@ try:
         failing.record()
     work()
 except launch_queue.LaunchQueueEnded as error:
-    launch_queue.heard_of_launch_queue(error)
-    launch_queue.leave_launch_queue()
+    launch_queue.expect_unwinding(error)
+    launch_queue.unwatch_launch_queue()
     # A program that goes on without the card may.
     time.sleep(2)
     print("raised:", error, flush=True)
@@ -121,7 +121,7 @@ launch_queue._UNWIND_SECONDS = launch_queue._SPEECHLESS_SECONDS = 1.0
 launch_queue.watch_launch_queue(device, end)
 time.sleep(0.5)
 fail(True)
-launch_queue.heard_of_launch_queue(RuntimeError("told"))
+launch_queue.expect_unwinding(RuntimeError("told"))
 ctypes.PyDLL(None).sleep(100)
 """
     begin = time.monotonic()
@@ -136,7 +136,7 @@ launch_queue._UNWIND_SECONDS = 1.0
 launch_queue.watch_launch_queue(device, end)
 time.sleep(0.5)
 fail(True)
-launch_queue.heard_of_launch_queue(RuntimeError("told before"))
+launch_queue.expect_unwinding(RuntimeError("told before"))
 work()
 """
     done = child(program, tmp_path)
@@ -158,7 +158,7 @@ with ascend_sim.inject("aclrtRecordEvent", sleep=4.0):
     while time.monotonic() < until:
         time.sleep(0.01)
 launch_queue.require_launch_queue(device)
-launch_queue.leave_launch_queue()
+launch_queue.unwatch_launch_queue()
 print("fine")
 """
     done = child(program)

@@ -28,7 +28,7 @@ def test_a_rank_that_is_ended_tells_the_one_that_started_it(monkeypatch):
 
     monkeypatch.setattr(launcher, "parent_channel", Parent)
     monkeypatch.setattr(launcher, "end_now", end)
-    monkeypatch.setattr(launcher, "say", said.append)
+    monkeypatch.setattr(launcher, "write_to_stderr", said.append)
     strategy = NPUTensorParallelStrategy()
     strategy._launcher = launcher.ProcessLauncher(None, 2, 1)
     with pytest.raises(Ended, match="1"):

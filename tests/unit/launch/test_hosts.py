@@ -122,21 +122,21 @@ def test_a_single_host_opens_no_port() -> None:
 
 
 def test_a_host_that_takes_calls_and_says_nothing_is_silent_and_a_stranger_is_no_answer(monkeypatch) -> None:
-    host, door = Host("b", (1,)), host_watch._Door
+    host, endpoint = Host("b", (1,)), host_watch._Endpoint
     with socket.create_server(("127.0.0.1", 0)) as mute:
-        answer = host_watch._knock(host, door("127.0.0.1", mute.getsockname()[1], "token"), 0.2)
+        answer = host_watch._ask_host(host, endpoint("127.0.0.1", mute.getsockname()[1], "token"), 0.2)
     assert answer.state == "silent" and "timed out" in answer.reason
     (watch, other) = meet_all([0, 1])
     try:
         port = watch._listener.getsockname()[1]
-        assert host_watch._knock(host, door("127.0.0.1", port, "0123456789abcdef"), 1.0).state == "ended"
+        assert host_watch._ask_host(host, endpoint("127.0.0.1", port, "0123456789abcdef"), 1.0).state == "ended"
     finally:
         watch.close()
         other.close()
 
 
 def test_a_host_that_could_not_be_asked_at_the_start_is_never_called_silent(monkeypatch) -> None:
-    monkeypatch.setattr(host_watch, "_knock", lambda host, *_: host_watch.Answer(host, "silent", "filtered"))
+    monkeypatch.setattr(host_watch, "_ask_host", lambda host, *_: host_watch.Answer(host, "silent", "filtered"))
     watches = meet_all([0, 1])
     try:
         assert [watch.ask() for watch in watches] == [[], []]
