@@ -36,11 +36,3 @@ class CountMismatch(LightningNPUTPError, ValueError):
 
 class RankFailure(LightningNPUTPError, RuntimeError):
     """Another rank of this run died; carries that rank's own traceback."""
-
-
-class CommunicationError(LightningNPUTPError, RuntimeError):
-    """A collective failed; names it, its group and the hosts that do not answer."""
-
-
-class DeviceFault(LightningNPUTPError, RuntimeError):
-    """An error of the device or its libraries, explained; the original is its `__cause__`."""

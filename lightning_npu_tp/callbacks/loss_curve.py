@@ -20,7 +20,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_npu_tp.errors import ConfigError
-from lightning_npu_tp.trainer.explain_device import may_hang
+from lightning_npu_tp.trainer.explain_error import may_hang
 
 log = logging.getLogger(__name__)
 

@@ -40,7 +40,7 @@ from lightning_npu_tp.checkpoint.files import (
 from lightning_npu_tp.checkpoint.locks import hold, holder_of, lock_file
 from lightning_npu_tp.checkpoint.manifest import MANIFEST_FILE, REST_FILE, Manifest
 from lightning_npu_tp.checkpoint.peers import PeerFailure, Peers
-from lightning_npu_tp.devices.fault_text import explain
+from lightning_npu_tp.devices.fault_text import find_fault
 from lightning_npu_tp.errors import CheckpointError
 
 # What torch.save and the index add to a tensor's own bytes.
@@ -96,7 +96,7 @@ def _making(path: Path, needed: int, peers: Peers) -> Generator[Path]:
             yield partial
         except PeerFailure as failure:
             free = peers.gather(_give_up(path, partial) if peers.is_main else 0)[0]
-            fault = explain(failure.words())
+            fault = find_fault(failure.words())
             # What the device reports has nothing to do with the disk.
             reason = (
                 fault.sentence()

@@ -1,8 +1,9 @@
 """Error text of HCCL, ACL, torch_npu, NCCL and CUDA -> what it means and what to do; pure functions.
 
-`explain` finds the codes of the table in a text, however torch_npu wraps them, and takes the most telling one.
-A text without a known code gives None, and its error stays what it is. Which rank and which operation failed is
-found at the boundary, `trainer/explain_device.py`; what would fit into memory is `estimates/what_fits.py`'s.
+`find_fault` finds the codes of the table in a text, however torch_npu wraps them, and takes the most telling one.
+A text without a known code gives None. Whether an error may only say that another rank is gone is decided here as
+well, for all who ask. Which rank and which operation failed is found at the boundary, `trainer/explain_error.py`; what
+would fit into memory is `estimates/what_fits.py`'s.
 `python -m lightning_npu_tp.devices` prints docs/troubleshooting.md.
 """
 
@@ -22,6 +23,7 @@ from lightning_npu_tp.devices.fault_table import (
     RUNTIME,
     Fault,
 )
+from lightning_npu_tp.errors import LightningNPUTPError
 
 # A bare number could be a size; after these words it is an error code.
 _NUMBERED = r"(?:error code|retcode|ret code|result|return|ret|ErrCode)(?: is)?\s*[:=]?\s*\[?{code}(?!\d)"
@@ -33,9 +35,18 @@ _CALLED = (
     re.compile(r"\btag\[([^\]]+)\]"),
     re.compile(r"the current working operator name is (\w+)"),
 )
+# How gloo, NCCL, HCCL, the key-value store and Python say that the other side did not answer or is gone.
+_LOST_PEER = re.compile(
+    r"\btim(ed|e)[ -]?out\b|connection (closed|reset|refused|was likely closed)|broken ?pipe|socket closed|"
+    r"no route to host|unreachable|failed to (recv|send)|remote process|Connection\w*Error|"
+    r"Dist(Network|Store|Backend)?Error|[HN]CCL error",
+    re.IGNORECASE,
+)
+# Their texts do not tell whether it was another rank or something of this one.
+_EITHER = ("BrokenPipe", "ERR02200")
 
 
-def explain(text: str) -> Fault | None:
+def find_fault(text: str) -> Fault | None:
     """The most telling fault that an error's text names; None if it names none that is known."""
     found = mentioned(text)
     return found[0] if found else None
@@ -52,8 +63,26 @@ def mentioned(text: str) -> list[Fault]:
 
 
 def is_communication(fault: Fault) -> bool:
-    """Whether the fault is one of collectives, or only says that another rank is gone; a broken pipe may be either."""
-    return fault in COLLECTIVES or fault.lost_peer or fault.code in ("BrokenPipe", "ERR02200")
+    """Whether the fault is one of collectives, also such as a rank has by itself; a broken pipe may be one."""
+    return fault in COLLECTIVES or fault.lost_peer or fault.code in _EITHER
+
+
+def reads_like_lost_peer(text: str) -> bool:
+    """Whether an error may only say that another rank is gone or late, so that the cause is to be looked for there.
+
+    text: "Type: message", without what was added to explain it.
+    """
+    fault = find_fault(text)
+    if fault is not None:
+        return fault.lost_peer or fault.code in _EITHER
+    return _LOST_PEER.search(text) is not None
+
+
+def may_be_lost_peer(error: BaseException) -> bool:
+    """Whether this exception may only say so; what this package raises on purpose never does."""
+    if isinstance(error, LightningNPUTPError) or not isinstance(error, RuntimeError | ConnectionError):
+        return False
+    return reads_like_lost_peer(f"{type(error).__name__}: {error}")
 
 
 def called(text: str) -> str | None:
@@ -102,8 +131,8 @@ def troubleshooting() -> str:
         "",
         "<!-- Generated: python -m lightning_npu_tp.devices > docs/troubleshooting.md -->",
         "",
-        "A run that fails with one of these codes ends with an error that holds the same text, the rank and the",
-        "operation; the original error stays attached above it. Other errors pass through as they are. Settings are",
+        "A run that fails with one of these codes ends with the original error and, below it, the same text with the",
+        "rank and the operation. Other errors pass through as they are. Settings are",
         "written as `train.py` takes them; in code they are the arguments of `NPUTensorParallelStrategy` and",
         "`HcclSettings`. None of these was provoked on a card: they are read in torch_npu, in CANN's documentation and",
         "in public reports.",

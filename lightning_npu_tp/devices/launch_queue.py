@@ -73,7 +73,7 @@ class LaunchQueueWatch:
         self._closed = threading.Event()
         self._caller = threading.get_ident()
         self._queue: Path | None = None
-        self.heard: BaseException | None = None
+        self.unwinding_error: BaseException | None = None
         self._thread = threading.Thread(target=self._look, name="launch queue watch", daemon=True)
 
     def start(self) -> None:
@@ -134,27 +134,27 @@ class LaunchQueueWatch:
     def _tell(self, text: str) -> None:
         # A class of its own: what Python raises in another thread it makes there, without arguments.
         ended = type(LaunchQueueEnded.__name__, (LaunchQueueEnded,), {"text": text})
-        if self.heard is None and not self._closed.is_set():
+        if self.unwinding_error is None and not self._closed.is_set():
             ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self._caller), ctypes.py_object(ended))
             self._closed.wait(_NOTICE_SECONDS)
-        if self.heard is not None:
+        if self.unwinding_error is not None:
             self._closed.wait(_UNWIND_SECONDS)
         if not self._closed.is_set():
-            self._end(self.heard or ended())
+            self._end(self.unwinding_error or ended())
 
 
 def watch_launch_queue(device: torch.device, end: Callable[[BaseException], None]) -> None:
     """Begin to look after this process's launch queue; instead of the watch before."""
     global _watch
-    leave_launch_queue()
+    unwatch_launch_queue()
     _watch = LaunchQueueWatch(device, end)
     _watch.start()
 
 
-def heard_of_launch_queue(error: BaseException) -> None:
+def expect_unwinding(error: BaseException) -> None:
     """The trainer's thread has this error and is on its way out, where it can still come to hang."""
     if _watch is not None:
-        _watch.heard = error
+        _watch.unwinding_error = error
         if _watch.has_ended():
             _end_if_it_hangs()
 
@@ -164,7 +164,7 @@ def launch_queue_has_ended() -> bool:
     return _watch is not None and _watch.has_ended()
 
 
-def leave_launch_queue() -> None:
+def unwatch_launch_queue() -> None:
     """Undo `watch_launch_queue`: nothing will be handed over any more."""
     global _watch
     if _watch is None:

@@ -1,6 +1,6 @@
 """Start a process of this run, hear from it, and end it.
 
-A child is tied to its parent's life from before its first import (Linux's parent-death signal; elsewhere a
+A child is tied to its parent's life from before its first import (`parent_death.py`; elsewhere than on Linux by a
 thread that watches the parent once the child opens its channel). Its stderr passes through this process
 byte for byte while the last lines are kept, and it can report over a pipe of its own what its exit code
 cannot say: that it has raised and is still unwinding, or that it was asked to terminate. What a report
@@ -27,28 +27,22 @@ from typing import Any
 
 import psutil
 
+from lightning_npu_tp.devices.fault_text import may_be_lost_peer
+from lightning_npu_tp.launch import parent_death
+
 TAIL_LINES = 200
 # What a child may need to unwind after SIGTERM before it is killed.
 TERMINATE_SECONDS = 3.0
 
 _CHANNEL_VARIABLE = "LIGHTNING_NPU_TP_CHANNEL"
-# A separate tiny program instead of Popen's preexec_fn: no Python code runs between fork and exec of a process
-# that has threads. The signal survives exec; the check closes the gap in which the parent died before prctl.
-# 1 is PR_SET_PDEATHSIG.
-_BOOTSTRAP = """
-import ctypes, os, signal, sys
-if sys.platform == "linux":
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-if os.getppid() != int(sys.argv[1]):
-    os._exit(1)
-os.execv(sys.argv[2], sys.argv[2:])
-"""
 
 
 class ChildProcess:
     """One process started by this one.
 
     name: what reports call it, e.g. "rank 1".
+    muted: what it writes to stderr is kept, but not passed on. What it writes after it has raised is passed on when its
+        next call begins: if it ends instead, its traceback is the supervisor's to tell, once.
     events: what it said over its channel, oldest first; each a dict with "event" and "time" (time.monotonic,
         which is one clock for all processes of a machine).
     """
@@ -63,7 +57,8 @@ class ChildProcess:
         read_fd, write_fd = os.pipe()
         try:
             self.process = subprocess.Popen(
-                [sys.executable, "-I", "-S", "-c", _BOOTSTRAP, str(os.getpid()), *command],
+                # Not by Popen's preexec_fn: no Python code runs between fork and exec of a process that has threads.
+                [sys.executable, "-I", "-S", parent_death.__file__, str(os.getpid()), *command],
                 env={**env, _CHANNEL_VARIABLE: f"{write_fd}:{os.getpid()}"},
                 cwd=cwd,
                 stderr=subprocess.PIPE,
@@ -72,13 +67,16 @@ class ChildProcess:
         finally:
             os.close(write_fd)
         assert self.process.stderr is not None
-        self._pump_thread = threading.Thread(
-            target=self._pump, args=(self.process.stderr.fileno(), read_fd), name=f"output of {name}", daemon=True
+        self._reader = threading.Thread(
+            target=self._read_output,
+            args=(self.process.stderr.fileno(), read_fd),
+            name=f"output of {name}",
+            daemon=True,
         )
-        self._pump_thread.start()
+        self._reader.start()
 
     @property
-    def alive(self) -> bool:
+    def is_alive(self) -> bool:
         """Whether the process still runs. Once it does not, everything that it wrote has been read."""
         if self.process.poll() is None:
             return True
@@ -97,6 +95,12 @@ class ChildProcess:
         """The latest report of one of these kinds, if any."""
         return next((entry for entry in reversed(list(self.events)) if entry["event"] in kinds), None)
 
+    @property
+    def state(self) -> str | None:
+        """Where it is: "enter" inside a trainer call, "leave" after one, "raised" while or after one raised."""
+        latest = self.last("enter", "leave", "raised")
+        return None if latest is None else str(latest["event"])
+
     def count(self, event: str) -> int:
         """How often the process reported this."""
         return sum(entry["event"] == event for entry in list(self.events))
@@ -106,7 +110,7 @@ class ChildProcess:
 
         Bounded, because a grandchild may hold the pipes open for longer.
         """
-        self._pump_thread.join(seconds)
+        self._reader.join(seconds)
 
     def describe_end(self) -> str:
         """How it ended, in words."""
@@ -123,22 +127,26 @@ class ChildProcess:
 
     def traceback(self) -> str:
         """The traceback of its failure: as reported if it was, else the last one on its stderr, else ""."""
-        if raised := self.last("raised"):
+        raised = self.last("raised")
+        if raised and self.state == "raised":
             return str(raised["traceback"]).rstrip()
         return last_traceback(list(self._lines))
 
-    def _pump(self, stderr_fd: int, channel_fd: int) -> None:
-        partial = {stderr_fd: b"", channel_fd: b""}
+    def _read_output(self, stderr_fd: int, channel_fd: int) -> None:
+        partial, held = {stderr_fd: b"", channel_fd: b""}, b""
         with selectors.DefaultSelector() as selector:
             for fd in partial:
                 selector.register(fd, selectors.EVENT_READ)
             while selector.get_map():
-                for key, _ in selector.select():
-                    fd = key.fd
+                # Reports first: they decide whether what was written after them is passed on.
+                for fd in sorted((key.fd for key, _ in selector.select()), key=lambda fd: fd != channel_fd):
                     if not (chunk := os.read(fd, 65536)):
                         selector.unregister(fd)
                     if fd == stderr_fd and chunk and not self.muted:
-                        _write_all(2, chunk)
+                        held += chunk
+                    if self.state != "raised":
+                        _write_all(2, held)
+                        held = b""
                     *lines, partial[fd] = (partial[fd] + chunk).split(b"\n")
                     if not chunk and partial[fd]:
                         lines.append(partial[fd])
@@ -167,7 +175,8 @@ class Channel:
         try:
             result = function()
         except BaseException as error:
-            self.send("raised", traceback="".join(traceback.format_exception(error)))
+            text = "".join(traceback.format_exception(error))
+            self.send("raised", traceback=text, may_be_lost_peer=may_be_lost_peer(error))
             raise
         self.send("leave")
         return result
@@ -209,22 +218,22 @@ def parent_channel() -> Channel | None:
 
 def end_processes(children: Iterable[ChildProcess], *, patience: float = TERMINATE_SECONDS) -> None:
     """End processes and all that they started: SIGTERM, up to `patience` seconds, then SIGKILL; then reap them."""
-    living = [child for child in children if child.alive]
+    living = [child for child in children if child.is_alive]
     descendants = [process for child in living for process in _descendants(child.process.pid)]
     for child in living:
         child.ended_by_us = True
         child.process.terminate()
     deadline = time.monotonic() + patience
-    while any(child.alive for child in living) and time.monotonic() < deadline:
+    while any(child.is_alive for child in living) and time.monotonic() < deadline:
         time.sleep(0.02)
     for child in living:
-        if child.alive:
+        if child.is_alive:
             child.process.kill()
     for process in descendants:
         _kill(process)
     for child in living:
         child.process.wait()
-        assert not child.alive
+        assert not child.is_alive
 
 
 def kill_descendants() -> None:

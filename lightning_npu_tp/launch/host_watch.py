@@ -39,7 +39,7 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class _Door:
+class _Endpoint:
     """Where a host answers, and what it says there, so that another program on that port is no answer."""
 
     address: str
@@ -57,7 +57,7 @@ class HostWatch:
     def __init__(self, hosts: Sequence[Host], rank: int) -> None:
         self.hosts = tuple(hosts)
         self.rank = rank
-        self._doors: dict[Host, _Door] = {}
+        self._endpoints: dict[Host, _Endpoint] = {}
         self._listener: socket.socket | None = None
 
     @property
@@ -67,11 +67,11 @@ class HostWatch:
 
     def ask(self, seconds: float = PROBE_SECONDS) -> list[Answer]:
         """Ask every other host that could be asked at start-up; takes at most about `seconds`. Communicates alone."""
-        others = [(host, door) for host, door in self._doors.items() if host != self.here]
+        others = [(host, endpoint) for host, endpoint in self._endpoints.items() if host != self.here]
         if not others:
             return []
         with ThreadPoolExecutor(min(len(others), _MOST_AT_ONCE)) as pool:
-            return list(pool.map(lambda other: _knock(other[0], other[1], seconds), others))
+            return list(pool.map(lambda other: _ask_host(other[0], other[1], seconds), others))
 
     def close(self) -> None:
         """Stop answering."""
@@ -81,12 +81,12 @@ class HostWatch:
             self._listener.close()
             self._listener = None
 
-    def _answer_from_now_on(self, family: int) -> _Door:
+    def _start_answering(self, family: int) -> _Endpoint:
         self._listener = socket.create_server(("", 0), family=family, backlog=128)
         token = secrets.token_hex(8)
         work = threading.Thread(target=_answer, args=(self._listener, token.encode()), name="host watch", daemon=True)
         work.start()
-        return _Door("", self._listener.getsockname()[1], token)
+        return _Endpoint("", self._listener.getsockname()[1], token)
 
 
 def meet_hosts(environment: ClusterEnvironment, store: dist.Store) -> HostWatch:
@@ -95,24 +95,26 @@ def meet_hosts(environment: ClusterEnvironment, store: dist.Store) -> HostWatch:
     Raises ConfigError on every rank if the ranks of a host are not consecutive.
     """
     rank, world = environment.global_rank(), environment.world_size()
-    store.set(f"seat/{rank}", json.dumps([environment.node_rank(), socket.gethostname()]))
-    seats = [json.loads(seat) for seat in store.multi_get([f"seat/{other}" for other in range(world)])]
-    watch = HostWatch(hosts_of(name_hosts([(node, name) for node, name in seats])), rank)
+    store.set(f"place/{rank}", json.dumps([environment.node_rank(), socket.gethostname()]))
+    places = [json.loads(place) for place in store.multi_get([f"place/{other}" for other in range(world)])]
+    watch = HostWatch(hosts_of(name_hosts([(node, name) for node, name in places])), rank)
     if len(watch.hosts) == 1:
         return watch
     is_first = rank == watch.here.ranks[0]
     if is_first:
         family, address = _own_address(environment.main_address, environment.main_port)
-        door = watch._answer_from_now_on(family)
-        store.set(f"door/{rank}", json.dumps([address, door.port, door.token]))
-    doors = store.multi_get([f"door/{host.ranks[0]}" for host in watch.hosts])
-    watch._doors = {host: _Door(*json.loads(door)) for host, door in zip(watch.hosts, doors, strict=True)}
+        endpoint = watch._start_answering(family)
+        store.set(f"endpoint/{rank}", json.dumps([address, endpoint.port, endpoint.token]))
+    endpoints = store.multi_get([f"endpoint/{host.ranks[0]}" for host in watch.hosts])
+    watch._endpoints = {
+        host: _Endpoint(*json.loads(endpoint)) for host, endpoint in zip(watch.hosts, endpoints, strict=True)
+    }
     if is_first:
         reached = [answer.host.ranks[0] for answer in watch.ask() if answer.state == "here"]
         store.set(f"reached/{rank}", json.dumps(reached))
     (reached_json,) = store.multi_get([f"reached/{watch.here.ranks[0]}"])
     reached = json.loads(reached_json)
-    watch._doors = {host: door for host, door in watch._doors.items() if host.ranks[0] in reached}
+    watch._endpoints = {host: endpoint for host, endpoint in watch._endpoints.items() if host.ranks[0] in reached}
     return watch
 
 
@@ -141,14 +143,14 @@ def _answer(listener: socket.socket, token: bytes) -> None:
             continue
 
 
-def _knock(host: Host, door: _Door, seconds: float) -> Answer:
+def _ask_host(host: Host, endpoint: _Endpoint, seconds: float) -> Answer:
     try:
-        with socket.create_connection((door.address, door.port), timeout=seconds) as caller:
-            said = caller.recv(len(door.token), socket.MSG_WAITALL)
+        with socket.create_connection((endpoint.address, endpoint.port), timeout=seconds) as caller:
+            said = caller.recv(len(endpoint.token), socket.MSG_WAITALL)
     except (ConnectionRefusedError, ConnectionResetError) as error:
         return Answer(host, "ended", str(error))
     except OSError as error:
         return Answer(host, "silent", error.strerror or str(error))
-    if said != door.token.encode():
+    if said != endpoint.token.encode():
         return Answer(host, "ended", "another program answers on its port")
     return Answer(host, "here")

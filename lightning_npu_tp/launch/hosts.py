@@ -42,16 +42,16 @@ def ranks_in_words(ranks: Sequence[int]) -> str:
     return f"ranks {', '.join(map(str, ranks))}"
 
 
-def name_hosts(seats: Sequence[tuple[int, str]]) -> list[str]:
+def name_hosts(places: Sequence[tuple[int, str]]) -> list[str]:
     """A name of its own for every host, by rank.
 
-    seats: (node rank, host name) of each rank. Containers of one machine may share a name; the node rank tells them
+    places: (node rank, host name) of each rank. Containers of one machine may share a name; the node rank tells them
     apart and is then part of the name.
     """
     nodes: dict[str, set[int]] = {}
-    for node, name in seats:
+    for node, name in places:
         nodes.setdefault(name, set()).add(node)
-    return [f"{name} [node {node}]" if len(nodes[name]) > 1 else name for node, name in seats]
+    return [f"{name} [node {node}]" if len(nodes[name]) > 1 else name for node, name in places]
 
 
 def hosts_of(names: Sequence[str]) -> tuple[Host, ...]:

@@ -14,7 +14,9 @@ import os
 import signal
 import socket
 import sys
+import traceback
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import lightning.pytorch as pl
@@ -25,17 +27,16 @@ from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from typing_extensions import override
 
-from lightning_npu_tp.checkpoint.choose import asked_for
-from lightning_npu_tp.devices.launch_queue import heard_of_launch_queue
+from lightning_npu_tp.devices.fault_text import may_be_lost_peer
 from lightning_npu_tp.errors import ConfigError
 from lightning_npu_tp.launch.child_process import ChildProcess, parent_channel
+from lightning_npu_tp.launch.first_failure import first_failure_named
 from lightning_npu_tp.launch.hydra_job import HydraJob, current_job, program
-from lightning_npu_tp.launch.process_group import host_watch
 from lightning_npu_tp.launch.signals import SignalWatch
-from lightning_npu_tp.launch.supervisor import GRACE_SECONDS, Supervisor, end_now, say
-from lightning_npu_tp.trainer.checkpoint_hooks import CheckpointHooks
-from lightning_npu_tp.trainer.explain_collective import explain
-from lightning_npu_tp.trainer.explain_device import explain_device_error
+from lightning_npu_tp.launch.supervisor import GRACE_SECONDS, Supervisor, end_now, write_to_stderr
+
+# Given each trainer call, whose function and arguments it may read, and the trainer.
+AroundCall = Callable[[functools.partial[Any], pl.Trainer | None], AbstractContextManager[None]]
 
 _VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE", "OMP_NUM_THREADS")
 
@@ -51,10 +52,18 @@ class ProcessLauncher(_SubprocessScriptLauncher):
     cluster_environment: says who this process is, and whether somebody else starts the ranks.
     num_processes: ranks on this machine.
     num_nodes: machines.
+    around_call: what each trainer call runs inside of, on this rank.
     """
 
-    def __init__(self, cluster_environment: ClusterEnvironment, num_processes: int, num_nodes: int) -> None:
+    def __init__(
+        self,
+        cluster_environment: ClusterEnvironment,
+        num_processes: int,
+        num_nodes: int,
+        around_call: AroundCall = lambda call, trainer: nullcontext(),
+    ) -> None:
         super().__init__(cluster_environment, num_processes, num_nodes)
+        self._around_call = around_call
         self._watch: SignalWatch | None = None
         self._current: Supervisor | None = None
 
@@ -63,11 +72,10 @@ class ProcessLauncher(_SubprocessScriptLauncher):
         """Run one trainer call on every rank; the first one of a script or job starts the other ranks.
 
         Returns what the function returned on this rank.
-        Raises RankFailure if the call failed here because of another rank of this machine, CommunicationError
-        if a collective failed.
+        Raises RankFailure if the call failed here because of another rank of this machine.
         """
         self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
-        call = functools.partial(self._run, function, args, kwargs, trainer)
+        call = functools.partial(self._run, functools.partial(function, *args, **kwargs), trainer)
         with _restored_environment():
             if not self.cluster_environment.creates_processes_externally:
                 self._current = self._ranks_of_this_job()
@@ -103,7 +111,7 @@ class ProcessLauncher(_SubprocessScriptLauncher):
         def notice() -> None:
             if supervisor is not None and not supervisor.terminating:
                 supervisor.terminating = True
-                say("Rank 0 was asked to end by SIGTERM; this ends the run.")
+                write_to_stderr("Rank 0 was asked to end by SIGTERM; this ends the run.")
             self.kill(signal.SIGTERM)
             if channel is not None:
                 channel.send("terminated")
@@ -111,7 +119,9 @@ class ProcessLauncher(_SubprocessScriptLauncher):
         def end(exit_code: int) -> None:
             reason = signal.Signals(exit_code - 128).name
             rank = self.cluster_environment.local_rank()
-            say(f"Local rank {rank} did not end by itself within {grace_seconds:g} s of {reason}; it was ended.")
+            write_to_stderr(
+                f"Local rank {rank} did not end by itself within {grace_seconds:g} s of {reason}; it was ended."
+            )
             if supervisor is not None:
                 supervisor.end_run(None, exit_code)
             end_now(exit_code)
@@ -121,36 +131,21 @@ class ProcessLauncher(_SubprocessScriptLauncher):
         self._watch = SignalWatch(on_sigterm=on_sigterm, grace_seconds=grace_seconds, notice=notice, end=end)
         self._watch.install()
 
-    def end_unheard(self, error: BaseException, trainer: pl.Trainer | None) -> None:
+    def end_rank(self, error: BaseException) -> None:
         """End this rank from another thread, with an error that the trainer's thread does not come to report."""
-        explained = explain_device_error(error, trainer) or error
-        text = f"{error}\n\n{type(explained).__module__}.{type(explained).__qualname__}: {explained}"
-        say(text)
+        text = "".join(traceback.format_exception(error)).rstrip()
+        write_to_stderr(text)
         if (channel := parent_channel()) is not None:
-            channel.send("raised", traceback=text)
+            channel.send("raised", traceback=text, may_be_lost_peer=may_be_lost_peer(error))
         if self._current is not None:
             self._current.end_run(None, 1)
         end_now(1)
 
-    def _run(self, function: Callable, args: Any, kwargs: Any, trainer: pl.Trainer | None) -> Any:
-        with self._watched():
+    def _run(self, call: functools.partial[Any], trainer: pl.Trainer | None) -> Any:
+        # Inside of Lightning's teardown, which closes the groups.
+        with self._watched(), first_failure_named(), self._around_call(call, trainer):
             _set_num_threads_if_needed(num_processes=self.num_processes)
-            if trainer is not None and isinstance(trainer.strategy, CheckpointHooks):
-                trainer.strategy.asked_checkpoint = asked_for(function, args, kwargs)
-            try:
-                return function(*args, **kwargs)
-            except (RuntimeError, ConnectionError) as error:
-                # Here, because Lightning's teardown, which closes the groups, comes further out.
-                heard_of_launch_queue(error)
-                explained = explain(error, host_watch()) or explain_device_error(error, trainer)
-                try:
-                    if explained is not None:
-                        raise explained from error
-                    raise
-                finally:
-                    # The error knows this frame. Knowing each other they would keep what the failed step held on the
-                    # card until Python collects cycles, and a smaller batch that is tried next would not fit.
-                    del explained
+            return call()
 
     @contextlib.contextmanager
     def _watched(self) -> Iterator[None]:
@@ -243,7 +238,7 @@ def check_world(cluster_environment: ClusterEnvironment, num_processes: int, num
 def _end_previous_job(supervisor: Supervisor) -> None:
     global _reserved_port
     if failure := supervisor.finish():
-        say(failure.report())
+        write_to_stderr(failure.report())
     # A group that the last job has left open would silently be used for this one.
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()

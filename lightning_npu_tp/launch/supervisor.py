@@ -11,7 +11,6 @@ from __future__ import annotations
 import atexit
 import logging
 import os
-import re
 import signal
 import sys
 import threading
@@ -22,10 +21,10 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any, NoReturn
 
-import torch.distributed as dist
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from lightning_npu_tp.errors import CommunicationError, DeviceFault, RankFailure
+from lightning_npu_tp.devices.fault_text import may_be_lost_peer, reads_like_lost_peer
+from lightning_npu_tp.errors import RankFailure
 from lightning_npu_tp.launch.child_process import ChildProcess, end_processes, kill_descendants
 from lightning_npu_tp.launch.signals import TERMINATED
 
@@ -46,20 +45,15 @@ GRACE_SECONDS = 8.0
 STUCK_SECONDS = 5.0
 FINISH_SECONDS = 60.0
 
-# How gloo, NCCL, HCCL and the key-value store say that the other side is gone.
-_LOST_PEER = re.compile(
-    r"gloo|Connection (closed|reset|refused|was likely closed)|Broken pipe|Socket (closed|Timeout)|"
-    r"DistNetworkError|DistStoreError|DistBackendError|CommunicationError|NCCL|HCCL|failed to recv",
-    re.IGNORECASE,
-)
-
 
 @dataclass(frozen=True)
 class Failure:
     """How one rank failed.
 
-    consequence: the rank only lost the connection to another one, so this is not the cause.
-    terminated: it was asked to end by SIGTERM.
+    traceback: of the error that ended it; "" if none did.
+    is_consequence: the rank only lost the connection to another one, so this is not the cause.
+    was_terminated: it was asked to end by SIGTERM.
+    output: the end of its stderr, for a failure without a traceback.
     """
 
     who: str
@@ -67,31 +61,17 @@ class Failure:
     how: str
     exit_code: int
     traceback: str
-    consequence: bool
-    terminated: bool
+    is_consequence: bool
+    was_terminated: bool
+    output: str = ""
 
     def report(self) -> str:
         """What the user is told; ends with the rank's own traceback if there is one."""
         if self.traceback:
             return f"{self.who} failed first and {self.how}. Its own traceback:\n\n{self.traceback}"
         hint = " If nobody did that on purpose, look for an out-of-memory kill." if "SIGKILL" in self.how else ""
-        return f"{self.who} {self.how}.{hint}"
-
-
-def looks_like_lost_peer(error: BaseException) -> bool:
-    """Whether this exception may only say that another rank is gone."""
-    if isinstance(error, dist.DistError | ConnectionError | CommunicationError):
-        return True
-    if isinstance(error, DeviceFault):
-        return False
-    return isinstance(error, RuntimeError) and _LOST_PEER.search(str(error)) is not None
-
-
-def _reads_like_lost_peer(last_error: str) -> bool:
-    """The same of another rank's error, of which only the text has come."""
-    # A fault's remedies may name HCCL's settings.
-    is_fault = re.search(r"\.(DeviceFault|OutOfMemory): ", last_error) is not None
-    return not is_fault and _LOST_PEER.search(last_error) is not None
+        told = f" It left no traceback. The end of its stderr:\n\n{self.output}" if self.output else ""
+        return f"{self.who} {self.how}.{hint}{told}"
 
 
 class Supervisor:
@@ -130,7 +110,7 @@ class Supervisor:
             self._enter()
             return function()
         except BaseException as error:
-            self._explain(error)
+            self._blame(error)
             raise
 
     def _enter(self) -> None:
@@ -142,17 +122,17 @@ class Supervisor:
         for child in self.children:
             child.muted = False
         while missing := [child for child in self.children if child.count("enter") < self._calls]:
-            if not all(child.alive for child in missing):
+            if not all(child.is_alive for child in missing):
                 time.sleep(SETTLE_SECONDS)
-                self._raise_for(self.cause() or self._absent(missing[0]), None)
+                self._raise_for(self.cause() or self._absent(missing[0]))
             if time.monotonic() - warned > 60:
                 warned = time.monotonic()
                 names = ", ".join(child.name for child in missing)
                 log.warning(f"Still waiting for {names} to reach call {self._calls} of a Trainer in this script.")
             time.sleep(0.02)
 
-    def _explain(self, error: BaseException) -> None:
-        """Raise RankFailure if another rank is to blame for this error.
+    def _blame(self, error: BaseException) -> None:
+        """Raise RankFailure if another rank is to blame for this error, without the error, which tells nothing then.
 
         If it is rank 0's own, the other ranks fall silent, so that its traceback stays the last one.
         """
@@ -164,14 +144,14 @@ class Supervisor:
             how="did not finish unwinding",
             exit_code=1,
             traceback="".join(traceback.format_exception(error)).rstrip(),
-            consequence=looks_like_lost_peer(error),
-            terminated=False,
+            is_consequence=may_be_lost_peer(error),
+            was_terminated=False,
         )
-        if self._own_failure.consequence:
+        if self._own_failure.is_consequence:
             deadline = time.monotonic() + BLAME_SECONDS
             while time.monotonic() < deadline:
-                if (cause := self.cause()) is not None and not cause.consequence:
-                    self._raise_for(cause, error)
+                if (cause := self.cause()) is not None and not cause.is_consequence:
+                    self._raise_for(cause)
                 time.sleep(0.05)
         # Only now: until here what another rank raised in this call was evidence against it.
         self._raised_calls.add(self._calls)
@@ -184,9 +164,9 @@ class Supervisor:
         Returns the failure of a rank that failed meanwhile or had to be ended.
         """
         began, late = time.monotonic(), None
-        while alive := [child for child in self.children if child.alive]:
+        while alive := [child for child in self.children if child.is_alive]:
             waited = time.monotonic() - began
-            stuck = next((child for child in alive if _state(child) == "enter"), None)
+            stuck = next((child for child in alive if child.state == "enter"), None)
             # Once rank 0 has raised or another rank has failed there is nobody left to meet.
             if self._own_failure or self.cause():
                 end_processes(alive)
@@ -206,7 +186,7 @@ class Supervisor:
         where = f"Rank 0 is ended; it was at {_where_is_main_thread()}.\n" if blocked else ""
         end_processes(self.children)
         if cause is not None:
-            say(where + cause.report())
+            write_to_stderr(where + cause.report())
         end_now(exit_code or (cause.exit_code if cause else 1))
 
     # What is known
@@ -214,24 +194,26 @@ class Supervisor:
     def cause(self) -> Failure | None:
         """The failure that explains the others best: not a mere loss of connection, and then the first."""
         failures = [failure for child in self.children if (failure := self._failure(child))]
-        return min(failures, key=lambda failure: (failure.consequence, failure.time), default=None)
+        return min(failures, key=lambda failure: (failure.is_consequence, failure.time), default=None)
 
     def _failure(self, child: ChildProcess) -> Failure | None:
         if child.ended_by_us:
             return None
-        alive, exit_code, state = child.alive, child.exit_code, _state(child)
-        raised = child.last("raised") if state == "raised" else None
+        alive, exit_code = child.is_alive, child.exit_code
+        raised = child.last("raised") if child.state == "raised" else None
         terminated = child.last("terminated") is not None or exit_code == TERMINATED
         if not exit_code and not terminated:
             # A call that raised in rank 0 as well is rank 0's to report.
             if raised and child.count("enter") not in self._raised_calls:
                 exit_code = 1
-            elif not alive and (state == "enter" or child.count("enter") < self._calls):
+            elif not alive and (child.state == "enter" or child.count("enter") < self._calls):
                 return self._absent(child)
             else:
                 return None
-        text = child.traceback()
         killed = exit_code is not None and exit_code > 128 and raised is None
+        # With any other exit code a traceback on its stderr is of an error that somebody has handled.
+        text = child.traceback() if raised or exit_code == 1 else ""
+        lost_peer = raised["may_be_lost_peer"] if raised else reads_like_lost_peer(_last_error(text))
         if terminated:
             how = "was asked to end by SIGTERM"
         elif raised:
@@ -243,9 +225,10 @@ class Supervisor:
             time=raised["time"] if raised else child.dead_since or time.monotonic(),
             how=how,
             exit_code=TERMINATED if terminated else exit_code or 1,
-            traceback="" if killed or terminated else text or child.tail(),
-            consequence=not killed and not terminated and _reads_like_lost_peer(_last_error(text)),
-            terminated=terminated,
+            traceback="" if killed or terminated else text,
+            is_consequence=not killed and not terminated and lost_peer,
+            was_terminated=terminated,
+            output="" if killed or terminated else child.tail(),
         )
 
     def _absent(self, child: ChildProcess) -> Failure:
@@ -259,20 +242,20 @@ class Supervisor:
             how=f"{how}; every rank has to make the same calls",
             exit_code=1,
             traceback="",
-            consequence=False,
-            terminated=False,
+            is_consequence=False,
+            was_terminated=False,
         )
 
     # What happens beside the main thread
 
-    def _raise_for(self, cause: Failure, error: BaseException | None) -> NoReturn:
+    def _raise_for(self, cause: Failure) -> NoReturn:
         self._blamed = cause
         self._own_failure = self._own_failure or cause
         end_processes(self.children)
-        if cause.terminated:
-            say(f"{cause.who} {cause.how}; this ends the run.")
-            raise SIGTERMException(TERMINATED) from error
-        raise RankFailure(cause.report()) from error
+        if cause.was_terminated:
+            write_to_stderr(f"{cause.who} {cause.how}; this ends the run.")
+            raise SIGTERMException(TERMINATED) from None
+        raise RankFailure(cause.report()) from None
 
     def _watch(self) -> None:
         since: float | None = None
@@ -283,7 +266,7 @@ class Supervisor:
                 continue
             since = since or time.monotonic()
             waited = time.monotonic() - since
-            if cause is not None and cause.terminated:
+            if cause is not None and cause.was_terminated:
                 self._pass_sigterm_on(cause, waited)
             elif self._own_failure is None:
                 if cause is not None and waited > NOTICE_SECONDS:
@@ -296,15 +279,15 @@ class Supervisor:
         handled = callable(signal.getsignal(signal.SIGTERM))
         if handled and not self.terminating and self._own_failure is None:
             self.terminating = True
-            say(f"{cause.who} {cause.how}; this ends the run.")
+            write_to_stderr(f"{cause.who} {cause.how}; this ends the run.")
             os.kill(self._pid, signal.SIGTERM)
         elif (not handled and self._own_failure is None) or waited > self.grace_seconds:
             self.end_run(cause)
 
     def _clear_up(self, cause: Failure | None, waited: float) -> None:
         """Rank 0 is unwinding: end the ranks that cannot meet it any more, and rank 0 if it hangs on the way."""
-        end_processes([child for child in self.children if child.alive and _state(child) != "raised"])
-        someone_is_gone = any(not child.alive for child in self.children)
+        end_processes([child for child in self.children if child.is_alive and child.state != "raised"])
+        someone_is_gone = any(not child.is_alive for child in self.children)
         if someone_is_gone and waited > UNWIND_SECONDS and _main_thread_is_in_trainer_call():
             self.end_run(self._blamed or self._own_failure or cause)
 
@@ -321,9 +304,9 @@ class Supervisor:
         cause = self.finish()
         if cause and not printed:
             self.end_run(cause)
-        elif self._blamed and not self._blamed.terminated and not printed:
+        elif self._blamed and not self._blamed.was_terminated and not printed:
             # Somebody else printed the error, Hydra for one, and added lines of his own after the traceback.
-            say(self._blamed.report())
+            write_to_stderr(self._blamed.report())
 
 
 def end_now(exit_code: int) -> NoReturn:
@@ -336,7 +319,7 @@ def end_now(exit_code: int) -> NoReturn:
     os._exit(exit_code)
 
 
-def say(text: str) -> None:
+def write_to_stderr(text: str) -> None:
     """Write to stderr from any thread, past whatever replaced sys.stderr."""
     os.write(2, f"\n{text}\n".encode())
 
@@ -349,12 +332,6 @@ def _flush() -> None:
 
 def _who(child: ChildProcess) -> str:
     return f"{child.name.capitalize()} (process {child.process.pid})"
-
-
-def _state(child: ChildProcess) -> str | None:
-    """Where the rank is: "enter" inside a trainer call, "leave" after one, "raised" while or after one raised."""
-    latest = child.last("enter", "leave", "raised")
-    return None if latest is None else latest["event"]
 
 
 def _last_error(text: str) -> str:

@@ -20,7 +20,7 @@ from lightning_npu_tp.errors import RankFailure
 from lightning_npu_tp.launch.child_process import ChildProcess, end_processes, parent_channel
 from lightning_npu_tp.launch.hydra_job import HydraJob, current_job
 from lightning_npu_tp.launch.signals import TERMINATED
-from lightning_npu_tp.launch.supervisor import GRACE_SECONDS, say
+from lightning_npu_tp.launch.supervisor import GRACE_SECONDS, write_to_stderr
 
 log = logging.getLogger(__name__)
 
@@ -66,9 +66,9 @@ def _run_in_fresh_process(job: HydraJob) -> Any:
         # checkpoint to save, for which its strategy sets the time.
         told = process.last("grace")
         end_processes([process], patience=(GRACE_SECONDS if told is None else told["seconds"]) + 2)
-    assert not process.alive
+    assert not process.is_alive
     if process.exit_code == TERMINATED:
-        say(f"Job {number} was asked to end by SIGTERM; this ends the sweep.")
+        write_to_stderr(f"Job {number} was asked to end by SIGTERM; this ends the sweep.")
         raise SystemExit(TERMINATED)
     if process.exit_code != 0:
         raise RankFailure(

@@ -31,7 +31,7 @@ from lightning_npu_tp.checkpoint.manifest import Manifest
 from lightning_npu_tp.checkpoint.peers import PeerFailure, Peers
 from lightning_npu_tp.checkpoint.saves import Saves
 from lightning_npu_tp.devices.device import NPU
-from lightning_npu_tp.devices.fault_text import explain
+from lightning_npu_tp.devices.fault_text import find_fault
 from lightning_npu_tp.devices.launch_queue import require_launch_queue
 from lightning_npu_tp.errors import CheckpointError
 from lightning_npu_tp.launch.preemption import Preemption
@@ -164,7 +164,7 @@ class CheckpointHooks(ParallelStrategy):
         try:
             Peers().each(partial(require_launch_queue, self.root_device))
         except PeerFailure as failure:
-            fault = explain(failure.words())
+            fault = find_fault(failure.words())
             meaning = "" if fault is None else f" {fault.sentence()}"
             raise CheckpointError(
                 f"The checkpoint {path} is not saved, because it would not hold what was trained: {failure.words()}"

@@ -1,10 +1,9 @@
 """Say what a failed collective was: the operation, the group and its ranks, and the host that is silent.
 
 torch's own error says how long it waited. The rest is read from the traceback when it is too late for anything else:
-the innermost frame inside torch.distributed names the operation and holds its group. So training pays nothing. The
-launcher translates, around a whole trainer call; setup, validation and checkpoints are covered as well. What a code of
-HCCL in the text means is `devices/fault_text.py`'s; errors of the device that a collective only happens to meet are
-`explain_device.py`'s.
+the innermost frame inside torch.distributed names the operation and holds its group. So training pays nothing. What a
+code of HCCL in the text means is `devices/fault_text.py`'s; errors of the device that a collective only happens to meet
+are `explain_device.py`'s.
 """
 
 from __future__ import annotations
@@ -15,19 +14,11 @@ from types import FrameType, TracebackType
 
 import torch.distributed as dist
 
-from lightning_npu_tp.devices.fault_text import explain as explain_code
-from lightning_npu_tp.devices.fault_text import is_communication
-from lightning_npu_tp.errors import CommunicationError
+from lightning_npu_tp.devices.fault_text import find_fault, is_communication, may_be_lost_peer
 from lightning_npu_tp.launch.host_watch import Answer, HostWatch
 from lightning_npu_tp.launch.hosts import ranks_in_words
 from lightning_npu_tp.parallel.layout import DATA_AXIS, EXPERT_AXIS, EXPERT_REPLICA_AXIS, TENSOR_AXIS
 
-# How gloo, NCCL, HCCL and the key-value store say that the other side did not answer or is gone.
-_GAVE_UP = re.compile(
-    r"tim(ed|e)[ -]?out|connection (closed|reset|refused|was likely closed)|broken pipe|socket closed|"
-    r"no route to host|unreachable|failed to recv|remote process",
-    re.IGNORECASE,
-)
 # DeviceMesh calls its groups mesh_<axis>; "tensor group" is what the settings call it.
 _MESH_GROUPS = {
     f"mesh_{DATA_AXIS}": "data",
@@ -35,42 +26,43 @@ _MESH_GROUPS = {
     f"mesh_{EXPERT_AXIS}": "expert",
     f"mesh_{EXPERT_REPLICA_AXIS}": "expert replica",
 }
+# Its name, and its group if that is known.
+Collective = tuple[str, dist.ProcessGroup | None]
 _WRAPPERS = ("c10d_logger.py", "device_mesh.py")
 
 
-def explain(error: BaseException, watch: HostWatch | None) -> CommunicationError | None:
-    """The error to raise from this one, or None if it is no failed collective. Asks the other hosts, which may take
-    a few seconds.
+def failed_collective(error: BaseException) -> Collective | None:
+    """The collective that this error is the failure of; None for any other error.
+
+    An error that says nothing of another rank, and no code of HCCL, is not taken for one.
+    """
+    fault = find_fault(str(error))
+    is_one = is_communication(fault) if fault is not None else may_be_lost_peer(error)
+    return _operation(error.__traceback__) if is_one else None
+
+
+def about_collective(error: BaseException, collective: Collective, watch: HostWatch | None) -> str:
+    """What failed, over which ranks, and what to do. Asks the other hosts, which may take a few seconds.
 
     watch: the run's hosts, None if they were never met.
     """
-    if isinstance(error, CommunicationError) or not isinstance(error, RuntimeError | ConnectionError):
-        return None
-    found = _operation(error.__traceback__)
     text = str(error).strip()
-    fault = explain_code(text)
-    if fault is not None and not is_communication(fault):
-        return None
-    gave_up = fault is not None or _GAVE_UP.search(text) is not None or isinstance(error, dist.DistError)
-    if found is None or not gave_up:
-        return None
+    fault = find_fault(text)
     # A broken pipe inside of a collective is the other rank's; the table tells of pipes to compilers.
     meaning = "" if fault is None or fault.code == "BrokenPipe" else f"{fault.sentence()} "
     reason = re.sub(r"^\[[^]]*\] *", "", text.splitlines()[0]).rstrip(".") if text else type(error).__name__
     if not dist.is_initialized():
-        return CommunicationError(
+        return (
             f"The ranks did not meet: {reason}. {meaning}Start them all within strategy.timeout_s, with one "
             f"MASTER_ADDR and MASTER_PORT that every host reaches; if one ended before, look there for the cause."
         )
-    operation, group = found
+    operation, group = collective
     answers = watch.ask() if watch is not None else []
     where = f" on rank {watch.rank} of host {watch.here.name}" if watch is not None else ""
-    return CommunicationError(
-        f"{operation} over {_group_in_words(group)} failed{where}: {reason}. {meaning}{_verdict(watch, answers)}"
-    )
+    return f"{operation} over {_group_in_words(group)} failed{where}: {reason}. {meaning}{_verdict(watch, answers)}"
 
 
-def _operation(traceback: TracebackType | None) -> tuple[str, dist.ProcessGroup | None] | None:
+def _operation(traceback: TracebackType | None) -> Collective | None:
     """Name and group of the innermost collective in a traceback; None if it never was in torch.distributed."""
     frames = [frame for frame, _ in frames_of(traceback)]
     for frame in reversed(frames):

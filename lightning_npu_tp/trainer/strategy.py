@@ -34,6 +34,7 @@ from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
 from lightning_npu_tp import kernels as kernel_choice
+from lightning_npu_tp.checkpoint.resume import asked_for
 from lightning_npu_tp.convert.convert import Options, adopt, convert, materialize_rest
 from lightning_npu_tp.convert.data_parallel import (
     DataParallel,
@@ -45,8 +46,13 @@ from lightning_npu_tp.convert.data_parallel import (
 )
 from lightning_npu_tp.devices.device import NPU, backend_for, idle_npus
 from lightning_npu_tp.devices.hccl_settings import HcclSettings, SettingsReport
-from lightning_npu_tp.devices.last_words import be_silent_at_terminate, last_words, speak_at_terminate
-from lightning_npu_tp.devices.launch_queue import launch_queue_has_ended, leave_launch_queue, watch_launch_queue
+from lightning_npu_tp.devices.launch_queue import (
+    expect_unwinding,
+    launch_queue_has_ended,
+    unwatch_launch_queue,
+    watch_launch_queue,
+)
+from lightning_npu_tp.devices.terminate_message import clear_terminate_message, set_terminate_message, terminate_message
 from lightning_npu_tp.errors import ConfigError, ConversionError
 from lightning_npu_tp.launch.hosts import crossings
 from lightning_npu_tp.launch.launcher import ProcessLauncher, check_world
@@ -62,7 +68,7 @@ from lightning_npu_tp.trainer.checkpoint_hooks import CheckpointHooks
 from lightning_npu_tp.trainer.checkpoint_settings import CheckpointSettings, OnSaveError, refuse_removed
 from lightning_npu_tp.trainer.data_mean import reduce_over_data
 from lightning_npu_tp.trainer.even_batches import count_once
-from lightning_npu_tp.trainer.explain_device import may_hang
+from lightning_npu_tp.trainer.explain_error import may_hang, noted
 from lightning_npu_tp.trainer.loops import evaluate_without_inference_mode, take_results_off, use_quiet_epoch_loop
 from lightning_npu_tp.trainer.precision import precision_dtype, rebuild_precision
 from lightning_npu_tp.trainer.resume import Resume
@@ -222,7 +228,32 @@ class NPUTensorParallelStrategy(CheckpointHooks):
         if hint := idle_npus(self.root_device.type):
             rank_zero_warn(hint)
         # On the ranks that somebody else started as well: it is what ends them all when one fails.
-        self._launcher = ProcessLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
+        self._launcher = ProcessLauncher(
+            self.cluster_environment, self.num_processes, self.num_nodes, self._around_call
+        )
+
+    @contextmanager
+    def _around_call(self, call: partial[Any], trainer: Trainer | None) -> Iterator[None]:
+        """What a trainer call runs inside of: notes which checkpoint it was given, and explains what it raises."""
+        self.asked_checkpoint = asked_for(call.func, call.args, call.keywords)
+        try:
+            yield
+        except (RuntimeError, ConnectionError) as error:
+            expect_unwinding(error)
+            explained = noted(error, trainer)
+            try:
+                if explained is error:
+                    raise
+                raise explained from None
+            finally:
+                # The error knows this frame. Knowing each other they would keep what the failed step held on the card
+                # until Python collects cycles, and a smaller batch that is tried next would not fit.
+                del explained
+
+    def _end_unheard(self, error: BaseException, trainer: Trainer | None) -> None:
+        """End this rank from another thread, with an error that the trainer's thread does not come to raise."""
+        assert isinstance(self._launcher, ProcessLauncher)
+        self._launcher.end_rank(noted(error, trainer))
 
     def set_world_ranks(self) -> None:
         """Tell the cluster environment and the logging helpers which rank this is."""
@@ -313,11 +344,11 @@ class NPUTensorParallelStrategy(CheckpointHooks):
         )
         if self.root_device.type != "cpu":
             # gloo has no thread that ends the process.
-            speak_at_terminate(last_words(self.global_rank, socket.gethostname()))
+            set_terminate_message(terminate_message(self.global_rank, socket.gethostname()))
         module = self.lightning_module
         if self.root_device.type == NPU and isinstance(self._launcher, ProcessLauncher):
             trainer = None if module is None else module._trainer
-            watch_launch_queue(self.root_device, partial(self._launcher.end_unheard, trainer=trainer))
+            watch_launch_queue(self.root_device, partial(self._end_unheard, trainer=trainer))
         if module is not None and module._trainer is not None:
             require_agreement(run_settings(module.trainer, module, self))
         meshes = Meshes.build(self.layout, self.root_device.type, timeout=self._timeout, buffers_mb=buffers_mb)
@@ -354,8 +385,8 @@ class NPUTensorParallelStrategy(CheckpointHooks):
             *groups,
             partial(release_groups, self.lightning_module),
             close_process_group,
-            leave_launch_queue,
-            be_silent_at_terminate,
+            unwatch_launch_queue,
+            clear_terminate_message,
             undo_settings,
         )
         close_all(steps, failing=failing)

@@ -18,6 +18,7 @@ from lightning_npu_tp.errors import ConfigError
 from lightning_npu_tp.launch.launcher import ProcessLauncher, _reserve_port, check_world
 
 END_SECONDS = 15
+TORCHRUN = ("-m", "torch.distributed.run", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0")
 
 
 @pytest.fixture
@@ -64,6 +65,7 @@ def test_the_rank_that_failed_in_a_step_is_named_last(start):
     assert raises.until("READY 1").end(END_SECONDS) == 1, raises
     assert last_line(raises) == "ValueError: rank 1 came to grief", raises
     assert "RankFailure: Rank 1 (process" in raises.stderr, raises
+    assert raises.stderr.count("rank 1 came to grief") == 1 and raises.stderr.count("Traceback") == 2, raises
     assert killed.until("READY 1").end(END_SECONDS) == 1, killed
     assert "RankFailure: Rank 1 (process" in last_line(killed) and "SIGKILL" in last_line(killed), killed
     assert first.until("READY 0").end(END_SECONDS) == 1, first
@@ -93,11 +95,20 @@ def test_a_signal_to_one_rank_ends_all_even_when_blocked_in_a_collective(start):
 
 
 def test_torchrun_with_another_number_of_processes_is_told_both_numbers(start):
-    endpoint = ("--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0")
-    torchrun = ("-m", "torch.distributed.run", "--nproc-per-node=1", *endpoint)
-    run = start("trouble.py", "wrong-count", interpreter=torchrun)
+    run = start("trouble.py", "wrong-count", interpreter=(*TORCHRUN, "--nproc-per-node=1"))
     assert run.end(120) == 1, run
     assert "1 processes were started, but trainer.devices=3 and trainer.num_nodes=1 ask for 3" in run.stderr, run
+
+
+def test_torchrun_ends_with_the_error_of_the_rank_that_failed(start):
+    run = start("trouble.py", "raise-in-step", interpreter=(*TORCHRUN, "--nproc-per-node=2"))
+    assert run.until("READY 1").end(60) == 1, run
+    # Whichever rank torchrun has seen end first.
+    cause = run.stderr.partition("Root Cause (first observed failure)")[2]
+    own, noted = "\n  ValueError: rank 1 came to grief\n", "failed first: ValueError: rank 1 came to grief\n"
+    assert own in cause or noted in cause, run
+    # Rank 0 may have been ended by torchrun before it could say anything.
+    assert "Connection closed" not in run.stderr or noted in run.stderr, run
 
 
 def test_a_local_rank_beyond_the_devices_is_told_the_numbers(monkeypatch):

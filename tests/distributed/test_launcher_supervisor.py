@@ -13,6 +13,7 @@ from scripts_launcher.runs import SCRIPTS, Run
 CASES = [
     "killed",
     "exit-0-in-call",
+    "exit-3-in-call",
     "exit-before-call",
     "raise-and-hang",
     "raise-after-call",
@@ -63,6 +64,14 @@ def test_a_rank_that_leaves_quietly_with_exit_code_0_is_a_failure(runs, case):
     run = runs[case]
     assert end(run) == 1, run
     assert "ended with exit code 0 during or before call 1 of a Trainer" in last_line(run), run
+
+
+def test_a_rank_that_ends_by_an_exit_code_is_not_said_to_have_a_traceback(runs):
+    run = runs["exit-3-in-call"]
+    assert end(run) == 3, run
+    told = run.stderr.partition("Rank 1 (process")[2]
+    assert "ended with exit code 3. It left no traceback. The end of its stderr:\n\n" in told, run
+    assert "Its own traceback" not in told and last_line(run) == "UserWarning: something else", run
 
 
 def test_a_rank_that_raises_and_hangs_unwinding_ends_the_run_with_its_traceback(runs):
@@ -122,6 +131,8 @@ def test_the_rank_with_an_error_of_its_own_is_blamed_before_one_that_lost_its_pe
     assert end(run) == 1, run
     assert last_line(run) == "ValueError: rank 1 came to grief", run
     assert "RankFailure: Rank 1 (process" in run.stderr, run
+    # Its own traceback once, and where rank 0 was; nothing of the connections that were lost.
+    assert run.stderr.count("Traceback") == 2 and "Connection closed" not in run.stderr, run
 
 
 @pytest.mark.parametrize("case", ["parent-killed-during-import", "parent-killed-without-death-signal"])

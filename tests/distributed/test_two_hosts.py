@@ -141,11 +141,11 @@ def test_two_hosts_train_as_one_and_a_cut_link_ends_both_with_the_silent_hosts_n
             run.kill()
 
     for run, silent in zip(runs, ("[node 1] (ranks 2 and 3)", "[node 0] (ranks 0 and 1)"), strict=True):
-        errors = [line for line in run.stderr.splitlines() if line.startswith("error: ")]
-        assert errors, run
-        for line in errors:
-            assert " group (rank" in line and f"{silent} is silent" in line, line
-            assert any(line.startswith(f"error: {word}") for word in ("all_", "reduce_", "barrier")), line
+        told = [line.strip() for line in run.stderr.splitlines() if " group (rank" in line]
+        assert told, run
+        for line in told:
+            assert f"{silent} is silent" in line, line
+            assert any(line.startswith(word) for word in ("all_", "reduce_", "barrier")), line
     assert apart == pytest.approx(alone, rel=1e-4)
 
 

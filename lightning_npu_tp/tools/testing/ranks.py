@@ -10,7 +10,6 @@ file is made; a killed parent takes its ranks along. Nothing here knows pytest o
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import faulthandler
 import gc
 import importlib
@@ -27,12 +26,13 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
-from multiprocessing import connection, get_context
+from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from lightning_npu_tp.errors import ConfigError, RankFailure
+from lightning_npu_tp.launch.parent_death import die_with_parent
 
 # Importing torch, Lightning and the function's module on a busy two-core machine; not part of a call's time-out.
 START_TIMEOUT = 240.0
@@ -41,7 +41,6 @@ START_TIMEOUT = 240.0
 GRACE = 1.0
 
 _HOST = "127.0.0.1"
-_PR_SET_PDEATHSIG = 1
 
 
 class RankTimeout(RankFailure, TimeoutError):
@@ -222,13 +221,15 @@ class RankPool:
         (outcome.results if succeeded else outcome.failures)[rank] = value
 
     def _stacks(self, ranks: list[int]) -> str:
-        for rank in ranks:
+        # A rank that has not come to open its file has no handler either, and the signal would end it.
+        files = {rank: file for rank in ranks if (file := Path(self._stack_file(rank))).exists()}
+        for rank in files:
             if self._processes[rank].is_alive():
                 os.kill(self._processes[rank].pid, signal.SIGUSR1)
         time.sleep(GRACE)
-        files = {rank: Path(self._stack_file(rank)) for rank in ranks}
-        nothing = "no stack: it does not react to signals\n"
-        return "\n".join(f"--- rank {rank} ---\n{file.read_text() or nothing}" for rank, file in files.items())
+        texts = {rank: "no stack: it is still starting\n" for rank in ranks}
+        texts |= {rank: file.read_text() or "no stack: it does not react to signals\n" for rank, file in files.items()}
+        return "\n".join(f"--- rank {rank} ---\n{text}" for rank, text in texts.items())
 
 
 def free_port() -> int:
@@ -257,11 +258,9 @@ def _send(pipe: connection.Connection, message: Any) -> None:
 
 def _serve(pipe: connection.Connection, rank: int, world_size: int, stack_file: str) -> None:
     """A rank's life: report that it is up, then run calls until the parent ends it."""
-    parent = os.getppid()
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
+    starter = parent_process()
+    assert starter is not None and starter.pid is not None
+    die_with_parent(starter.pid)
     with open(stack_file, "w") as stacks:
         faulthandler.register(signal.SIGUSR1, file=stacks)
         import torch

@@ -10,9 +10,10 @@ import signal
 import sys
 import threading
 import time
+import traceback
 
+import stand_ins  # noqa: F401
 from say import say
-from stand_ins import LostPeer
 
 from lightning_npu_tp.launch.child_process import ChildProcess, parent_channel
 from lightning_npu_tp.launch.signals import SignalWatch
@@ -46,12 +47,14 @@ def start(number):
 def act_as(call):
     """What this rank does in this case; `call` runs a function as a trainer call of the rank."""
     match case, rank:
-        case "killed" | "exit-0-in-call" | "raise-and-hang", 0:
+        case "killed" | "exit-0-in-call" | "exit-3-in-call" | "raise-and-hang", 0:
             call(block)
         case "killed", _:
             call(lambda: os.kill(os.getpid(), signal.SIGKILL))
         case "exit-0-in-call", _:
             call(lambda: os._exit(0))
+        case "exit-3-in-call", _:
+            call(warn_and_exit)
         case "raise-and-hang", _:
             try:
                 call(fail)
@@ -86,8 +89,9 @@ def act_as(call):
             try:
                 call(fail)
             finally:
-                # Longer than the others wait for a rank that does not raise.
-                time.sleep(6)
+                # Longer than the others wait for a rank that does not raise. Rank 0 ends them when it ends, and is last
+                # here; a real save has collectives.
+                time.sleep(6 if rank else 8)
                 say("SAVED", rank)
         case "all-raise-and-catch", _:
             try:
@@ -123,9 +127,19 @@ def fail():
     raise ValueError(f"rank {rank} came to grief")
 
 
+def warn_and_exit():
+    """End with an exit code, after an error that was handled and a warning."""
+    try:
+        fail()
+    except ValueError:
+        traceback.print_exc()
+    os.write(2, b"UserWarning: something else\n")
+    os._exit(3)
+
+
 def lose_peer(seconds):
     time.sleep(seconds)
-    raise LostPeer("Connection closed by peer")
+    raise RuntimeError("Connection closed by peer")
 
 
 def complain():

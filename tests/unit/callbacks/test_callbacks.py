@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from lightning_npu_tp import NPUTensorParallelStrategy
 from lightning_npu_tp.callbacks import LossCurve, TokensPerSecond, TrainingProgressBar, Warmup, throughput
 from lightning_npu_tp.callbacks import warmup as warmup_module
-from lightning_npu_tp.errors import ConfigError, DeviceFault, RankFailure
+from lightning_npu_tp.errors import ConfigError, RankFailure
 from lit_models.language_model import LitCausalLM
 from lit_models.run.loggers import CSVMetrics, tensorboard
 
@@ -382,7 +382,8 @@ class OnABrokenCard(torch.Tensor):
 
 
 @pytest.mark.parametrize(
-    ("error", "asked"), [(DeviceFault("explained"), 0), (RankFailure("another"), 0), (ValueError("the user's"), 1)]
+    ("error", "asked"),
+    [(RuntimeError("error code is 507015"), 0), (RankFailure("another"), 0), (ValueError("the user's"), 1)],
 )
 def test_a_broken_card_is_not_asked_for_losses_and_does_not_replace_the_error(tmp_path, error, asked) -> None:
     OnABrokenCard.asked = 0

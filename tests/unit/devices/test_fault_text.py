@@ -13,8 +13,17 @@ from lightning.pytorch import Trainer
 
 from lightning_npu_tp import NPUTensorParallelStrategy
 from lightning_npu_tp.devices.fault_table import ERR_KINDS, ERR_MODULES, FAULTS
-from lightning_npu_tp.devices.fault_text import called, explain, is_communication, mentioned, troubleshooting
+from lightning_npu_tp.devices.fault_text import (
+    called,
+    find_fault,
+    is_communication,
+    may_be_lost_peer,
+    mentioned,
+    reads_like_lost_peer,
+    troubleshooting,
+)
 from lightning_npu_tp.devices.hccl_settings import HcclSettings
+from lightning_npu_tp.errors import CheckpointError
 from lit_models.data import TextDataModule
 
 ROOT = Path(__file__).parents[3]
@@ -132,7 +141,7 @@ REAL = {
 @pytest.mark.parametrize("name", REAL)
 def test_real_texts_are_found_and_the_most_telling_code_wins(name: str) -> None:
     text, code, function = REAL[name]
-    fault = explain(text)
+    fault = find_fault(text)
     assert fault is not None and fault.code == code
     assert called(text) == function
 
@@ -161,7 +170,7 @@ NUMBERED = (
 @pytest.mark.parametrize("code", CODES)
 def test_every_code_is_found_however_it_is_wrapped(code: str) -> None:
     for form in NUMBERED if code.isdigit() else WRAPPED:
-        fault = explain(form.format(code))
+        fault = find_fault(form.format(code))
         assert fault is not None and fault.code == code, form
         text = fault.sentence()
         assert fault.cause in text and f"Check: {fault.check}" in text and f"Starting again {fault.restart}." in text
@@ -170,12 +179,12 @@ def test_every_code_is_found_however_it_is_wrapped(code: str) -> None:
 def test_torch_npus_own_codes_are_read_by_module_and_kind() -> None:
     for module in ERR_MODULES:
         for kind in ERR_KINDS:
-            fault = explain(f"x\n{STAMP} ERR{module}{kind} X y")
+            fault = find_fault(f"x\n{STAMP} ERR{module}{kind} X y")
             assert fault is not None and fault.code == f"ERR{module}{kind}"
             assert ERR_MODULES[module] in fault.title and ERR_KINDS[kind] in fault.title
-    assert "reference" in explain("ERR01007").change
-    assert explain("ERR02011").lost_peer and not explain("ERR00011").lost_peer
-    assert explain("ERR77007") is None and explain("ERR00777") is None
+    assert "reference" in find_fault("ERR01007").change
+    assert find_fault("ERR02011").lost_peer and not find_fault("ERR00011").lost_peer
+    assert find_fault("ERR77007") is None and find_fault("ERR00777") is None
 
 
 def test_what_is_no_error_code_is_left_alone() -> None:
@@ -190,7 +199,7 @@ def test_what_is_no_error_code_is_left_alone() -> None:
         "shape '[2, 207018]' is invalid",
         "ran out of luck and memory",
     ):
-        assert explain(text) is None, text
+        assert find_fault(text) is None, text
 
 
 def test_all_codes_of_a_text_are_told_in_order() -> None:
@@ -201,7 +210,48 @@ def test_waiting_for_another_rank_is_told_from_a_fault_of_this_one() -> None:
     lost = {fault.code for fault in FAULTS if fault.lost_peer}
     assert {"107019", "107020", "507046", "507048", "507057", "EI0002", "EI0006", "watchdog"} <= lost
     assert not lost & {"out of memory", "207018", "500002", "507015", "EI0003", "EI0005", "EZ1001"}
-    assert is_communication(explain("EI0005: x")) and not is_communication(explain("ret = 507015"))
+    assert is_communication(find_fault("EI0005: x")) and not is_communication(find_fault("ret = 507015"))
+
+
+LOST_PEER = (
+    "RuntimeError: [/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [10.0.0.2]:47",
+    "RuntimeError: Application timeout caused pair closure",
+    "RuntimeError: [gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 15000ms for recv operation to complete",
+    "RuntimeError: Gloo connectFullMesh failed with Connect timeout [127.0.0.1]:1",
+    "torch.distributed.DistNetworkError: failed to recv, got 0 bytes",
+    "torch.distributed.DistStoreError: wait timeout after 6000ms, keys: /x",
+    "torch.distributed.DistBackendError: x",
+    "DistError: x",
+    "RuntimeError: HCCL error in: x",
+    "RuntimeError: Socket Timeout",
+    "ConnectionResetError: [Errno 104] Connection reset by peer",
+    "BrokenPipeError: [Errno 32] Broken pipe",
+    "RuntimeError: error code is 507048",
+    "RuntimeError: x\nERR02200 DIST call hccl api failed",
+)
+
+
+@pytest.mark.parametrize("text", LOST_PEER)
+def test_an_error_that_may_only_say_that_another_rank_is_gone(text: str) -> None:
+    assert reads_like_lost_peer(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "RuntimeError: error code is 507015\nthe task timed out",
+        "ValueError: strategy.timeout_s=0 with strategy.hccl",
+        "torch.OutOfMemoryError: NPU out of memory. Connection reset",
+        "RuntimeError: mat1 and mat2 shapes cannot be multiplied",
+    ],
+)
+def test_an_error_of_this_rank_is_taken_for_no_other_ranks(text: str) -> None:
+    assert not reads_like_lost_peer(text)
+
+
+def test_what_the_package_says_itself_is_no_lost_peer_whatever_it_quotes() -> None:
+    assert may_be_lost_peer(ConnectionResetError(104, "x")) and may_be_lost_peer(RuntimeError("Socket closed"))
+    assert not may_be_lost_peer(CheckpointError("rank 1: Socket closed")) and not may_be_lost_peer(OSError("timed out"))
 
 
 def test_the_four_rows_of_trouble_that_the_project_starts_from_have_their_remedies() -> None:

@@ -6,6 +6,7 @@ import os
 
 import pytest
 
+from lightning_npu_tp import NPUTensorParallelStrategy
 from lightning_npu_tp.devices.launch_queue import dropped
 from lightning_npu_tp.launch import launcher
 
@@ -19,6 +20,7 @@ def test_a_rank_that_is_ended_tells_the_one_that_started_it(monkeypatch):
 
     class Parent:
         def send(self, event, **details):
+            assert not details["may_be_lost_peer"]
             sent.append((event, details["traceback"]))
 
     def end(code):
@@ -26,15 +28,16 @@ def test_a_rank_that_is_ended_tells_the_one_that_started_it(monkeypatch):
 
     monkeypatch.setattr(launcher, "parent_channel", Parent)
     monkeypatch.setattr(launcher, "end_now", end)
-    monkeypatch.setattr(launcher, "say", said.append)
-    rank = launcher.ProcessLauncher(None, 2, 1)
+    monkeypatch.setattr(launcher, "write_to_stderr", said.append)
+    strategy = NPUTensorParallelStrategy()
+    strategy._launcher = launcher.ProcessLauncher(None, 2, 1)
     with pytest.raises(Ended, match="1"):
-        rank.end_unheard(RuntimeError("EI0004: the table is torn"), None)
+        strategy._end_unheard(RuntimeError("EI0004: the table is torn"), None)
     assert sent == [("raised", said[0])]
-    # The original first, the meaning last: that line is what another rank judges it by.
-    first, *_, last = said[0].splitlines()
-    assert first == "EI0004: the table is torn"
-    assert last.startswith("lightning_npu_tp.errors.DeviceFault: ") and "the rank table does not hold" in last
+    # The original first, the meaning below it.
+    first, last = said[0].splitlines()
+    assert first == "RuntimeError: EI0004: the table is torn"
+    assert last.startswith("A call of the device failed on rank 0 ") and "the rank table does not hold" in last
 
 
 def test_the_log_is_looked_for_where_cann_writes_it(tmp_path, monkeypatch):

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from lightning_npu_tp.errors import ConfigError, RankFailure
+from lightning_npu_tp.tools.testing import ranks
 from lightning_npu_tp.tools.testing.ranks import RankPool, RankTimeout, free_port, run_ranks
 
 
@@ -186,6 +187,13 @@ def test_a_hang_ends_with_the_stacks_of_the_ranks_that_hang(folder):
     assert "in hang_on_rank_one" in rank_1
     # Rank 0 waits in the kit's own barrier.
     assert "in barrier" in rank_0
+
+
+def test_ranks_that_start_too_slowly_end_in_a_time_out_that_says_so(folder, monkeypatch):
+    monkeypatch.setattr(ranks, "START_TIMEOUT", 0.01)
+    with pytest.raises(RankTimeout, match=r"starting the ranks: ranks \[0, 1\] of 2 were still running") as caught:
+        run_ranks(sum_of_ranks, 2, 0)
+    assert str(caught.value).count("no stack: it is still starting") == 2
 
 
 def test_a_function_inside_a_function_is_refused_before_anything_starts():

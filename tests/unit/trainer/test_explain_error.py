@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import os
+import traceback
 import weakref
 from functools import partial
 from types import SimpleNamespace
@@ -19,11 +20,10 @@ from lightning.pytorch import Trainer
 from memory_texts import NPU_TEXT
 
 from lightning_npu_tp import NPUTensorParallelStrategy
-from lightning_npu_tp.errors import CommunicationError, ConfigError, DeviceFault
-from lightning_npu_tp.launch.supervisor import _reads_like_lost_peer, looks_like_lost_peer
-from lightning_npu_tp.trainer import explain_device
-from lightning_npu_tp.trainer.explain_collective import explain
-from lightning_npu_tp.trainer.explain_device import OutOfMemory, explain_device_error
+from lightning_npu_tp.devices.fault_text import may_be_lost_peer
+from lightning_npu_tp.errors import ConfigError
+from lightning_npu_tp.trainer import explain_memory
+from lightning_npu_tp.trainer.explain_error import noted
 from lit_models.language_model import LitCausalLM
 
 pytestmark = pytest.mark.filterwarnings(
@@ -45,35 +45,47 @@ def raised(error: BaseException, function: str = "do_work") -> BaseException:
     return caught.value
 
 
+def note_of(error: BaseException, trainer: Any = None) -> str | None:
+    """What is noted on the error, which stays the same one; None for nothing."""
+    found = noted(error, trainer)
+    assert found is error or isinstance(found, torch.OutOfMemoryError)
+    notes = getattr(found, "__notes__", [])
+    assert len(notes) <= 1
+    return notes[0] if notes else None
+
+
 def a_trainer(device: str = "npu", rank: int = 3) -> SimpleNamespace:
     return SimpleNamespace(strategy=SimpleNamespace(root_device=SimpleNamespace(type=device), global_rank=rank))
 
 
 def test_operation_rank_cause_and_remedy_are_told() -> None:
-    found = explain_device_error(raised(RuntimeError(AICORE)), a_trainer())
-    assert type(found) is DeviceFault
-    text = str(found)
-    assert text.startswith("aclnnIndexSelect failed on rank 3 of host ")
+    error = raised(RuntimeError(AICORE))
+    text = note_of(error, a_trainer())
+    assert str(error) == AICORE and not may_be_lost_peer(error)
+    assert text is not None and text.startswith("aclnnIndexSelect failed on rank 3 of host ")
     assert "507015" in text and "strategy.kernels" in text and "token ids and labels" in text
 
 
 def test_a_code_that_torch_npu_leaves_out_is_found_in_the_log(monkeypatch, tmp_path) -> None:
     monkeypatch.setenv("ASCEND_PROCESS_LOG_PATH", str(tmp_path))
-    bare = RuntimeError("The Inner error is reported as above.\n[ERROR] ERR00100 PTA call acl api failed.")
-    assert "ERR00100: " in str(explain_device_error(raised(bare), a_trainer()))
+
+    def bare() -> BaseException:
+        return raised(RuntimeError("The Inner error is reported as above.\n[ERROR] ERR00100 PTA call acl api failed."))
+
+    assert "ERR00100: " in str(note_of(bare(), a_trainer()))
     log = tmp_path / "debug" / "plog" / f"plog-{os.getpid()}_1.log"
     log.parent.mkdir(parents=True)
     line = "[ERROR] APP(1,python):2026-11-01-10:45:23 [OpParamMaker.cpp:645]aclrtRecordEvent error! ret = 507015"
     log.write_text(f"[INFO] ret = 507018\n{line}\n")
-    text = str(explain_device_error(raised(bare), a_trainer()))
+    text = str(note_of(bare(), a_trainer()))
     assert "507015: " in text and "507018" not in text and text.endswith(f"From {log}:\n{line}")
     # An error that names its code needs no log.
-    assert str(log) not in str(explain_device_error(raised(RuntimeError(AICORE)), a_trainer()))
+    assert str(log) not in str(note_of(raised(RuntimeError(AICORE)), a_trainer()))
 
 
 def test_without_an_operator_in_the_text_the_place_in_the_users_code_is_told() -> None:
-    text = str(explain_device_error(raised(RuntimeError("error code is 507018"), "my_layer"), a_trainer()))
-    assert text.startswith("my_layer (test_explain_device.py:2) failed on rank 3")
+    text = str(note_of(raised(RuntimeError("error code is 507018"), "my_layer"), a_trainer()))
+    assert text.startswith("my_layer (test_explain_error.py:2) failed on rank 3")
 
 
 @pytest.mark.parametrize(
@@ -86,24 +98,32 @@ def test_without_an_operator_in_the_text_the_place_in_the_users_code_is_told() -
     ],
 )
 def test_errors_without_a_known_code_pass_untouched(error: BaseException) -> None:
-    assert explain_device_error(raised(error), a_trainer()) is None
+    assert note_of(raised(error), a_trainer()) is None
 
 
 def test_a_broken_pipe_is_the_compilers_on_a_card_and_nobodys_on_the_cpu() -> None:
-    error = raised(BrokenPipeError(32, "Broken pipe"))
-    assert "warmup=compile" in str(explain_device_error(error, a_trainer("npu")))
-    assert explain_device_error(error, a_trainer("cpu")) is None
+    for device, told in (("npu", True), ("cpu", False)):
+        assert ("warmup=compile" in str(note_of(raised(BrokenPipeError(32, "Broken pipe")), a_trainer(device)))) is told
 
 
-def test_a_fault_that_only_waits_for_another_rank_is_a_communication_error_and_others_are_not() -> None:
-    late = explain_device_error(raised(RuntimeError("error code is 507048")), a_trainer())
-    assert isinstance(late, CommunicationError) and looks_like_lost_peer(late)
-    own = OutOfMemory("NPU out of memory. Change strategy.hccl.expandable_segments")
-    assert not looks_like_lost_peer(own)
-    assert not _reads_like_lost_peer(f"lightning_npu_tp.trainer.explain_device.OutOfMemory: {own}")
-    assert not _reads_like_lost_peer("lightning_npu_tp.errors.DeviceFault: see strategy.hccl")
-    assert _reads_like_lost_peer("RuntimeError: HCCL error in x")
-    assert isinstance(own, torch.OutOfMemoryError) and isinstance(own, RuntimeError)
+def test_a_fault_that_only_waits_for_another_rank_stays_one_with_its_explanation_and_others_do_not() -> None:
+    late = raised(RuntimeError("error code is 507048"))
+    assert "507048: " in str(note_of(late, a_trainer())) and may_be_lost_peer(late)
+    own = raised(torch.OutOfMemoryError("NPU out of memory. Tried to allocate"))
+    # Its remedies name HCCL's settings.
+    assert "strategy.hccl" in str(note_of(own, a_trainer())) and not may_be_lost_peer(own)
+
+
+def test_full_memory_is_one_class_whatever_the_device_calls_it_and_explained_once() -> None:
+    told = raised(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."), "my_layer")
+    assert noted(told, a_trainer("cuda")) is told
+    driver = raised(RuntimeError("aclrtMalloc failed, runtime result = 207018."), "my_layer")
+    found = noted(driver, a_trainer())
+    assert type(found) is torch.OutOfMemoryError and str(found) == str(driver)
+    assert found.__traceback__ is driver.__traceback__ and "__notes__" not in vars(driver)
+    assert noted(found, a_trainer()) is found
+    (note,) = found.__notes__
+    assert note.startswith("my_layer (test_explain_error.py:2) failed on rank 3") and "strategy.hccl.buffer_mb" in note
 
 
 # --- collectives ------------------------------------------------------------------------------------
@@ -128,21 +148,20 @@ def collective_that_raises(monkeypatch, text: str) -> BaseException:
 
 def test_a_code_of_hccl_adds_cause_and_remedy_to_operation_and_group(alone, monkeypatch) -> None:
     text = "OPS function error: HcclAllreduce, error code is 6\nEI0006: Getting socket times out. Reason: x"
-    found = explain(collective_that_raises(monkeypatch, text), None)
-    assert str(found).startswith("all_reduce over the world group (rank 0) failed")
-    assert "EI0006: the ranks could not be linked in time." in str(found)
-    assert "strategy.hccl.connect_timeout_s" in str(found)
+    found = str(note_of(collective_that_raises(monkeypatch, text)))
+    assert found.startswith("all_reduce over the world group (rank 0) failed")
+    assert "EI0006: the ranks could not be linked in time." in found
+    assert "strategy.hccl.connect_timeout_s" in found
 
 
 def test_an_operators_fault_that_shows_in_a_collective_is_the_devices(alone, monkeypatch) -> None:
     error = collective_that_raises(monkeypatch, AICORE + "\nthe task timed out")
-    assert explain(error, None) is None
-    assert "507015" in str(explain_device_error(error, a_trainer()))
+    assert str(note_of(error, a_trainer())).startswith("aclnnIndexSelect failed on rank 3")
 
 
 def test_a_broken_pipe_in_a_collective_is_another_ranks(alone, monkeypatch) -> None:
-    found = explain(collective_that_raises(monkeypatch, "[gloo] writev: Broken pipe"), None)
-    assert found is not None and "warmup=compile" not in str(found)
+    found = note_of(collective_that_raises(monkeypatch, "[gloo] writev: Broken pipe"), a_trainer())
+    assert found is not None and found.startswith("all_reduce") and "warmup=compile" not in str(found)
 
 
 # --- a whole trainer call ---------------------------------------------------------------------------
@@ -199,12 +218,19 @@ def fit_and_fail(text: str, *, accumulate: int = 1, **model_of: Any) -> BaseExce
     return caught.value
 
 
-def test_the_launcher_raises_the_explanation_from_the_original() -> None:
+def message_of(error: BaseException) -> str:
+    """What Python prints of an error below its one traceback."""
+    lines = traceback.format_exception(error)
+    assert sum(line.startswith("Traceback") for line in lines) == 1
+    return "".join(traceback.format_exception_only(error))
+
+
+def test_the_original_error_is_raised_with_the_explanation_below_it() -> None:
     error = fit_and_fail(AICORE)
-    assert type(error) is DeviceFault and str(error).startswith("aclnnIndexSelect failed on rank 0")
-    assert type(error.__cause__) is RuntimeError and str(error.__cause__) == AICORE
+    assert type(error) is RuntimeError and str(error) == AICORE
+    assert f"RuntimeError: {AICORE}\naclnnIndexSelect failed on rank 0" in message_of(error)
     untouched = fit_and_fail("something unknown, error code is 999999")
-    assert type(untouched) is RuntimeError and untouched.__cause__ is None
+    assert type(untouched) is RuntimeError and not hasattr(untouched, "__notes__")
 
 
 # As a card of 6 MiB would say it; these runs need more.
@@ -234,13 +260,13 @@ def test_an_error_that_was_caught_holds_nothing_of_the_step(text: str) -> None:
 
 
 def test_a_head_that_is_the_embedding_keeps_no_remedy_from_being_told() -> None:
-    message = str(fit_and_fail(SMALL_CARD, architecture="qwen3", config=TIED))
+    message = message_of(fit_and_fail(SMALL_CARD, architecture="qwen3", config=TIED))
     assert "data.batch_size=" in message and "could not be read" not in message
 
 
 def test_whether_the_run_sums_micro_batches_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    monkeypatch.setattr(explain_device, "suggestions", lambda run, usable: seen.append(run.accumulates) or [])
+    monkeypatch.setattr(explain_memory, "suggestions", lambda run, usable: seen.append(run.accumulates) or [])
     for accumulate in (1, 2):
         fit_and_fail(SMALL_CARD, accumulate=accumulate)
     assert seen == [False, True]
@@ -248,8 +274,8 @@ def test_whether_the_run_sums_micro_batches_is_known(monkeypatch: pytest.MonkeyP
 
 def test_out_of_memory_tells_what_held_it_and_what_would_fit() -> None:
     error = fit_and_fail(SMALL_CARD)
-    message = str(error)
-    assert isinstance(error, OutOfMemory) and str(error.__cause__) == SMALL_CARD
+    message = message_of(error)
+    assert isinstance(error, torch.OutOfMemoryError) and str(error) == SMALL_CARD
     assert "The batch had 4 sequences of 128 tokens." in message
     assert (
         "held: weights 0.1 MiB, gradients 0.1 MiB, optimizer states 0.2 MiB, activations and buffers 3.7 MiB."
@@ -261,25 +287,25 @@ def test_out_of_memory_tells_what_held_it_and_what_would_fit() -> None:
 
 def test_memory_in_pieces_is_told_apart_and_a_card_too_small_for_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     pieces = fit_and_fail(NPU_TEXT)
-    assert "in pieces: strategy.hccl.expandable_segments=true" in str(pieces)
+    assert "in pieces: strategy.hccl.expandable_segments=true" in message_of(pieces)
     # These runs need more than 3 MiB, also in one piece.
     little = (
         "NPU out of memory. Tried to allocate 2.00 MiB (NPU 0; 6.00 MiB total capacity; 0.90 MiB already allocated; "
         "0.90 MiB current active; 0 bytes free; 3.00 MiB reserved in total by PyTorch)"
     )
-    assert "in pieces" not in str(fit_and_fail(little)) and "By arithmetic" in str(fit_and_fail(little))
+    assert "in pieces" not in message_of(fit_and_fail(little)) and "By arithmetic" in message_of(fit_and_fail(little))
     monkeypatch.setenv("PYTORCH_NPU_ALLOC_CONF", "max_split_size_mb:64, expandable_segments: True")
-    assert "in pieces" not in str(fit_and_fail(NPU_TEXT))
+    assert "in pieces" not in message_of(fit_and_fail(NPU_TEXT))
     small = fit_and_fail(
         "CUDA out of memory. Tried to allocate 10.00 KiB. GPU 0 has a total capacity of 100.00 KiB of which 50.00 KiB "
         "is free. Of the allocated memory 40.00 KiB is allocated by PyTorch, and 5.00 KiB is reserved by PyTorch but "
         "unallocated."
     )
-    assert "no batch is small enough" in str(small) and "combine them" in str(small)
+    assert "no batch is small enough" in message_of(small) and "combine them" in message_of(small)
 
 
 def test_a_run_that_cannot_be_read_still_tells_the_fault() -> None:
     trainer = a_trainer("cuda")
     trainer.lightning_module = object()
-    found = explain_device_error(raised(RuntimeError(NPU_TEXT)), trainer)
+    found = note_of(raised(RuntimeError(NPU_TEXT)), trainer)
     assert "What holds the memory could not be read" in str(found) and "data.batch_size" in str(found)

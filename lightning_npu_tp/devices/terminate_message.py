@@ -1,4 +1,4 @@
-"""Last words of a process that a thread of NCCL or torch_npu ends: what happened and what to do.
+"""What a process says that a thread of NCCL or torch_npu ends: what happened and what to do.
 
 When a collective fails or outlasts its time-out, the watchdog threads of both libraries throw an exception that nobody
 catches, so that a rank cannot go on with half a result. C++ then ends the process at once: no error reaches Python, and
@@ -21,7 +21,7 @@ _HANDLER = ctypes.CFUNCTYPE(None)
 _installed: tuple[Any, Any] | None = None
 
 
-def last_words(rank: int, host: str) -> str:
+def terminate_message(rank: int, host: str) -> str:
     """What the process says when it is ended: rank, cause and remedy, as in docs/troubleshooting.md."""
     watchdog = next(fault for fault in COLLECTIVES if fault.code == "watchdog")
     return (
@@ -31,10 +31,10 @@ def last_words(rank: int, host: str) -> str:
     )
 
 
-def speak_at_terminate(text: str) -> None:
+def set_terminate_message(text: str) -> None:
     """Write the text to stderr when C++ ends this process, before what it does then; a second call replaces it."""
     global _installed
-    be_silent_at_terminate()
+    clear_terminate_message()
     set_terminate = _set_terminate()
     if set_terminate is None:
         return
@@ -54,8 +54,8 @@ def speak_at_terminate(text: str) -> None:
     _installed = (handler, previous)
 
 
-def be_silent_at_terminate() -> None:
-    """Undo `speak_at_terminate`."""
+def clear_terminate_message() -> None:
+    """Undo `set_terminate_message`."""
     global _installed
     set_terminate = _set_terminate()
     if _installed is not None and set_terminate is not None:
