@@ -38,7 +38,7 @@ from lightning_npu_tp import NPUTensorParallelStrategy
 from lightning_npu_tp.tools.testing.models import tiny_config
 from lightning_npu_tp.tools.testing.ranks import RankPool
 from lit_models.data import TextDataModule
-from lit_models.language_model import LitCausalLM
+from lit_models.causal_lm import LitCausalLM
 
 Sizes = tuple[int, int, int]
 # data, tensor, expert

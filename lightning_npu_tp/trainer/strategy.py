@@ -34,7 +34,7 @@ from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
 from lightning_npu_tp import kernels as kernel_choice
-from lightning_npu_tp.checkpoint.resume import asked_for
+from lightning_npu_tp.checkpoint.choose import asked_for
 from lightning_npu_tp.convert.convert import Options, adopt, convert, materialize_rest
 from lightning_npu_tp.convert.data_parallel import (
     DataParallel,

@@ -25,7 +25,7 @@ from lightning_npu_tp.checkpoint import training_state
 from lightning_npu_tp.errors import CheckpointError, ConfigError
 from lightning_npu_tp.tools.testing.models import tiny_config
 from lightning_npu_tp.weights import load
-from lit_models.language_model import LitCausalLM, read_folder_config
+from lit_models.causal_lm import LitCausalLM, read_folder_config
 
 ROOT = Path(__file__).parents[2]
 

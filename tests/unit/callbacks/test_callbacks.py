@@ -22,7 +22,7 @@ from lightning_npu_tp import NPUTensorParallelStrategy
 from lightning_npu_tp.callbacks import LossCurve, TokensPerSecond, TrainingProgressBar, Warmup, throughput
 from lightning_npu_tp.callbacks import warmup as warmup_module
 from lightning_npu_tp.errors import ConfigError, RankFailure
-from lit_models.language_model import LitCausalLM
+from lit_models.causal_lm import LitCausalLM
 from lit_models.run.loggers import CSVMetrics, tensorboard
 
 pytestmark = pytest.mark.filterwarnings(

@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from lightning_npu_tp.errors import ConfigError
-from lit_models.language_model import LitCausalLM
+from lit_models.causal_lm import LitCausalLM
 from lit_models.metrics import TokenLoss, TokenPerplexity
 from lit_models.token_mean import TokenMean
 

@@ -24,7 +24,7 @@ from lightning_npu_tp.devices.fault_text import may_be_lost_peer
 from lightning_npu_tp.errors import ConfigError
 from lightning_npu_tp.trainer import explain_memory
 from lightning_npu_tp.trainer.explain_error import noted
-from lit_models.language_model import LitCausalLM
+from lit_models.causal_lm import LitCausalLM
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*does not have many workers", "ignore:.*LeafSpec", "ignore:.*treespec", "ignore:.*no `val_dataloader`"

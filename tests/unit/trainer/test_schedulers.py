@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lightning_npu_tp.errors import ConfigError
-from lit_models.language_model import LitCausalLM
+from lit_models.causal_lm import LitCausalLM
 from lit_models.optim import constant, cosine, weight_decay_groups
 
 
