@@ -248,7 +248,7 @@ def _convert_one(
             report.parameters += parameter.numel()
         _set_parameter(model, name, sharded[first])
     if options.recompute == "block":
-        recompute_layers(model, region, own_config)
+        recompute_layers(model, own_config)
     if meshes.layout.data > 1:
         parallelize_over_data(model, family.layers, meshes, options.data_parallel)
     if folder is not None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lightning_npu_tp.kernels import select
 from lightning_npu_tp.models.families.family import BuildContext, ModelFamily
 from lightning_npu_tp.models.moe.block import MoEBlock
+from lightning_npu_tp.parallel.forward_pass import ForwardPass
 from lightning_npu_tp.parallel.layout import Groups, Layout
 from lightning_npu_tp.parallel.tensor_region import Region
 from lightning_npu_tp.tools.testing.models import (
@@ -113,13 +114,11 @@ def _balance_losses(model: nn.Module, family: ModelFamily) -> Iterator[Sequence[
     transformers computes none of these: they are taken of the family's own block, in one piece, which shares the
     router's weight with transformers' and sees what that sees.
     """
-    losses: list[Tensor] = []
-    context = BuildContext(Region(Groups()), select("cpu"), model.config)
+    region = Region(Groups())
+    step, context = ForwardPass(region), BuildContext(region, select("cpu"), model.config)
 
     def look(block: MoEBlock, _: nn.Module, arguments: tuple[Any, ...]) -> None:
-        block(arguments[0])
-        assert block.aux_loss is not None
-        losses.append(block.aux_loss)
+        block(arguments[0], step)
 
     hooks = []
     for module in list(model.modules()):
@@ -127,7 +126,7 @@ def _balance_losses(model: nn.Module, family: ModelFamily) -> Iterator[Sequence[
         block = make(module, context) if make is not None and hasattr(module, "experts") else None
         if isinstance(block, MoEBlock):
             hooks.append(module.register_forward_pre_hook(partial(look, block)))
-    yield losses
+    yield step.balance_losses
     for hook in hooks:
         hook.remove()
 

@@ -181,7 +181,11 @@ def run_rank(
         more["dtype"] = _DTYPES[dtype]
     if families:
         more["families"] = load_families(families)
-    run = train_sharded(rank, world_size, training, layout, options, device=device, **more)
+    try:
+        run = train_sharded(rank, world_size, training, layout, options, device=device, **more)
+    finally:
+        for region in made:
+            region.close()
     return run, sum(region.num_left_out for region in made)
 
 

@@ -16,7 +16,7 @@ from torch import nn
 from lightning_npu_tp.errors import ConversionError
 from lightning_npu_tp.models.families.family import BuildContext, Constructor
 from lightning_npu_tp.models.file_names import KeyTable, expert_keys
-from lightning_npu_tp.models.layers.causal_lm import ShardedCausalLM, ShardedDecoder
+from lightning_npu_tp.models.layers.causal_lm import ShardedCausalLM, ShardedDecoder, ShardedDecoderLayer
 from lightning_npu_tp.models.layers.linear import RMSNorm, ShardedMLP
 from lightning_npu_tp.models.layers.mla import MLAttention
 from lightning_npu_tp.models.layers.rotary import RotaryTables, check_rope_type
@@ -24,7 +24,11 @@ from lightning_npu_tp.models.layers.vocab import VocabEmbedding, VocabHead
 from lightning_npu_tp.models.moe.block import MoEBlock
 from lightning_npu_tp.parallel.plan import Columns, Experts, Replicated, Rows, Rule, Vocab
 
-MIXINS: Mapping[str, type] = {"": ShardedCausalLM, "model": ShardedDecoder}
+MIXINS: Mapping[str, type] = {
+    "": ShardedCausalLM,
+    "model": ShardedDecoder,
+    "model.layers": ShardedDecoderLayer,
+}
 
 _HEADS = "a head attends by itself"
 _ONCE = "added once, after the reduction"
