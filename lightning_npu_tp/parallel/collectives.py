@@ -139,7 +139,7 @@ class _Transfer:
         return received
 
     def finish(self) -> Tensor:
-        """The received rows."""
+        """Wait for the exchange; the rows received, local [R, …], sorted by source rank."""
         assert self._under_way is not None, "an exchange is waited for once"
         work, _, received = self._under_way
         work.wait()
@@ -185,7 +185,7 @@ class Arriving:
     _transfer: _Transfer | None
 
     def wait(self) -> Tensor:
-        """The rows, local [R, …]; once per exchange."""
+        """Wait for the exchange; the rows received, local [R, …], sorted by source rank. Called once."""
         if self._transfer is None:
             return self._rows
         return _FinishExchange.apply(self._rows, self._transfer)
@@ -225,5 +225,10 @@ def start_exchange(
 def exchange_rows(
     rows_ND: Tensor, send_rows: Sequence[int], recv_rows: Sequence[int], group: dist.ProcessGroup | None
 ) -> Tensor:
-    """`start_exchange` and `wait` in one."""
+    """Send each row to the rank that owns its expert, and wait for the rows that come: `start_exchange` and `wait`.
+
+    rows_ND: local [N, …], sorted by destination rank; send_rows, recv_rows: rows per rank, host integers.
+    Returns local [R, …], sorted by source rank. Gradient: the same exchange with the two counts swapped.
+    Raises CountMismatch before communicating.
+    """
     return start_exchange(rows_ND, send_rows, recv_rows, group).wait()

@@ -53,6 +53,7 @@ class ForwardPass:
     token_mask:     [B, S] (global), true for the tokens that balance losses count; None counts all.
     balance_losses: of each mixture layer in training, a scalar with gradient, already times its factors; the layers
                     add to the list, and the same on all ranks that see the same tokens.
+    layers:         the decoder layers that took part, added by themselves, so that one left out is seen.
     has_gradient:   whether a backward pass may follow.
     memory:         of the layer that is running, if it is one that is recomputed.
 
@@ -63,6 +64,7 @@ class ForwardPass:
         self.region = region
         self.token_mask = token_mask
         self.balance_losses: list[Tensor] = []
+        self.layers: list[Any] = []
         self.has_gradient = torch.is_grad_enabled()
         self.memory: Memory | None = None
 
@@ -84,5 +86,5 @@ class ForwardPass:
         step = copy.copy(self)
         step.memory = memory
         if memory.num_runs > 1:
-            step.balance_losses = []
+            step.balance_losses, step.layers = [], []
         return step

@@ -47,7 +47,7 @@ class Check:
         return self.gradient | self.after if self.after is not None else self.gradient
 
     def passed(self, bound: float) -> bool:
-        """Whether all differences are within the bound."""
+        """Whether all differences of this row are within the bound."""
         return self.worst.difference <= bound
 
 
@@ -86,7 +86,7 @@ class Proof:
         return worst
 
     def headline(self) -> str:
-        """The verdict in one line."""
+        """The verdict over all rows in one line, with the worst difference."""
         worst = f"worst {self.worst.difference:.1e}, bound {self.bound:.0e}"
         if not self.failed:
             return f"any number: {worst}: the layout computes what one process computes"

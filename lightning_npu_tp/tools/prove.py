@@ -254,7 +254,7 @@ def examine(
 
 
 def _fill(rows: dict[str, Check], rank: int, found: ShardedRun, problem: Problem) -> None:
-    """Add a rank's differences to the rows."""
+    """Add a rank's differences of the training run to the rows of the proof."""
     differences = compare(found, problem.expected, problem.training)
     steps = problem.training.steps
     for name, pattern in problem.plan.patterns.items():

@@ -81,6 +81,8 @@ class ShardedDecoderLayer(nn.Module):
         **kwargs: Any,
     ) -> Tensor:
         """hidden_states: [B, S or slice, D]; returns the same shape. What else comes in goes to the attention."""
+        if step is not None:
+            step.layers.append(self)
         residual = hidden_states
         hidden_states = self.input_layernorm(hidden_states, step)
         hidden_states, _ = self.self_attn(
@@ -121,6 +123,7 @@ class ShardedDecoder(nn.Module):
         """As transformers' forward; all tensors global and replicated over the tensor ranks.
 
         step: of the model around the decoder. With a sliced region, last_hidden_state is this rank's slice.
+        Raises ConversionError where layers of another kind lose what they would need of it.
         """
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         if tokens is None or (input_ids is not None and inputs_embeds is not None):
@@ -153,6 +156,8 @@ class ShardedDecoder(nn.Module):
                 step=step,
                 **kwargs,
             )
+        if len(step.layers) < len(self.layers[: self.config.num_hidden_layers]):
+            _refuse_lost_pass(self, step)
         return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden, step), past_key_values=past_key_values)
 
 
@@ -231,6 +236,18 @@ class ShardedCausalLM(nn.Module):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+
+def _refuse_lost_pass(decoder: Any, step: ForwardPass) -> None:
+    """Raise ConversionError if a layer that did not hand the pass on has parts that need it."""
+    for index, layer in enumerate(decoder.layers):
+        has_experts = any(hasattr(module, "pending_tokens_per_expert") for module in layer.modules())
+        if not any(layer is seen for seen in step.layers) and (step.region.is_sliced or has_experts):
+            raise ConversionError(
+                f"Layer {index}, a {type(layer).__name__}, does not hand the ForwardPass to its parts: slices, "
+                f"balance losses and what recompute remembers would be lost. Let its forward call "
+                f"super().forward(hidden_states, **kwargs), or give its family ShardedDecoderLayer for model.layers."
+            )
 
 
 def _token_mask(attention_mask: Tensor | None) -> Tensor | None:

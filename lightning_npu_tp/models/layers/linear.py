@@ -37,7 +37,10 @@ class ShardedLinear(nn.Module):
 
     @override
     def forward(self, x: Tensor, step: ForwardPass | None = None) -> Tensor:
-        """x: [..., in local]; returns [..., out local]."""
+        """x: [..., in], its last axis local where the weight is split by rows; returns [..., out], local for columns.
+
+        step: of the model; only a layer with a region looks at it.
+        """
         if self.region is not None:
             region = self.region if step is None else step.region
             return F.linear(x, region.weight(self), region.weight(self, "bias"))
@@ -105,5 +108,5 @@ class RMSNorm(nn.Module):
 
     @override
     def extra_repr(self) -> str:
-        """Shown by print(model)."""
+        """What print(model) shows of the norm: the shape of its weight and eps."""
         return f"{tuple(self.weight.shape)}, eps={self.eps}"

@@ -35,15 +35,15 @@ def nothing() -> None:
 
 
 class Experts(Protocol):
-    """What a dispatcher feeds: see RoutedExperts."""
+    """What a dispatcher feeds with tokens: this rank's experts, as `RoutedExperts` are."""
 
     @property
     def num_local(self) -> int:
-        """Number of experts on this rank."""
+        """How many experts this rank has, which lie next to each other in the global numbering."""
         ...
 
     def __call__(self, x_TD: Tensor, weights_TK: Tensor, rows: PickRows) -> Tensor:
-        """Weighted sum of each token's local picks."""
+        """Sum over each token's picks that are here of weight * expert(token), [T, D] in the dtype of `x_TD`."""
         ...
 
 

@@ -2,9 +2,9 @@
 
 Conversion is given it in the place of `Region`. Which module is running it knows from hooks on all modules, and whose
 parameters that module's collectives serve from the table here, so layers carry nothing for it. Shapes stay as they
-are, only the sum over the ranks is missing: what a
-rank computes is then right for its own part and wrong as a whole. Only what a `Region` communicates can be
-left out; all-to-all exchanges and the data ranks' reductions are not the region's.
+are, only the sum over the ranks is missing: what a rank computes is then right for its own part and wrong as a
+whole. Only what a `Region` communicates can be left out; all-to-all exchanges and the data ranks' reductions are not
+the region's.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class _Watch:
             pass
 
     def close(self) -> None:
-        """Look at no module any more."""
+        """Remove the hooks on all modules."""
         for hook in self._hooks:
             hook.remove()
 
@@ -139,7 +139,7 @@ class BrokenRegion(Region):
 
     @override
     def enter(self, *tensors: Tensor) -> Any:
-        """The same activations; their gradients stay this rank's part."""
+        """The activations, entered as `Region.enter` does; their gradients stay this rank's part."""
         if not self._leaves_out("enter", len(tensors), _is_entered):
             return super().enter(*tensors)
         group = self.groups.tensor()
@@ -156,7 +156,7 @@ class BrokenRegion(Region):
 
     @override
     def share(self, *tensors: Tensor) -> Any:
-        """The same activations; their gradients stay this rank's part. With slices there is nothing to leave out."""
+        """The tensors as they are; their gradients stay this rank's part. With slices there is nothing to leave out."""
         if self.length is not None or not self._leaves_out("share", len(tensors), _is_shared):
             return super().share(*tensors)
         return tensors if len(tensors) > 1 else tensors[0]
@@ -170,7 +170,7 @@ class BrokenRegion(Region):
 
     @override
     def total_inside(self, partial: Tensor) -> Tensor:
-        """This rank's part instead of the sum."""
+        """This rank's partial numbers instead of their sum over the ranks."""
         return partial if self._leaves_out("total_inside", 1, _is_shared) else super().total_inside(partial)
 
     def _leaves_out(self, collective: str, number: int, serves: Callable[[Rule, str, bool], bool]) -> bool:

@@ -146,7 +146,7 @@ def tiny_deepseek_v2_config(**overrides: Any) -> DeepseekV2Config:
 
 
 def tiny_deepseek_v2_grouped_config(**overrides: Any) -> DeepseekV2Config:
-    """DeepSeek-V2 in small: as above with a query latent, 16 experts of which 4 from 2 of 4 groups, scaled by 16."""
+    """DeepSeek-V2 in small: V2-Lite's with a query latent, 16 experts of which 4 from 2 of 4 groups, scaled by 16."""
     return tiny_deepseek_v2_config(**{**_GROUPED, **overrides})
 
 

@@ -81,7 +81,7 @@ class ShardedRun:
 
     fields as in ReferenceStep; logits are those of this data rank's rows, `rows` says which (first, last)
     of each micro-batch.
-    kinds:             answers for Training.kinds, logits as above.
+    kinds:             answers for Training.kinds, their logits of this data rank's rows.
     resharded:         with Training.reshard, the worst relative difference of weights and optimizer states that came
                        back in another layout, and where.
     tokens_per_expert: [layers, experts], summed over all ranks, of the first step.
@@ -156,7 +156,7 @@ def own_rows(batch: Mapping[str, Tensor], rank: int, ranks: int) -> tuple[tuple[
 
 
 def train_alone(training: Training) -> ReferenceStep:
-    """The same training by transformers itself, in this process and in float64."""
+    """The training by transformers itself, without any sharding, in this process and in float64."""
     return reference_step(
         reference_model(training.config),
         training.batches,
