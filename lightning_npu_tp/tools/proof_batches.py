@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_npu_tp.convert.convert import Options
 from lightning_npu_tp.kernels import select
 from lightning_npu_tp.models.families.family import BuildContext, ModelFamily
 from lightning_npu_tp.models.moe.block import MoEBlock
@@ -38,6 +39,16 @@ KINDS = {
     "packed documents": "masked",
     BALANCE: "causal",
 }
+
+
+def paths_of(kind: str, layout: Layout, options: Options) -> set[str]:
+    """The paths that a batch of this kind must take in a layout, in the words of `BatchAnswer`."""
+    paths = {KINDS[kind]}
+    if options.sequence_parallel and layout.tensor > 1:
+        paths.add("sliced")
+    if options.recompute == "block":
+        paths.add("recomputed")
+    return paths
 
 
 def uneven_size(layout: Layout) -> tuple[int, int]:

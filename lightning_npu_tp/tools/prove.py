@@ -29,11 +29,11 @@ from lightning_npu_tp.parallel.layout import Layout, resolve_dispatch
 from lightning_npu_tp.parallel.plan import Rule, match_plan
 from lightning_npu_tp.tools.proof import Check, Proof, Worst
 from lightning_npu_tp.tools.proof_batches import (
-    KINDS,
     answers_alone,
     expert_counts,
     kind_batches,
     not_compared,
+    paths_of,
     set_balance_losses,
     uneven_batches,
 )
@@ -231,7 +231,7 @@ def examine(
     rows = {check.name: check for check in checks}
     for rank, (found, _) in enumerate(results):
         _fill(rows, rank, found, problem)
-        _fill_kinds(rows, rank, found, problem, layout)
+        _fill_kinds(rows, rank, found, problem, layout, options)
     proof = Proof(
         family=problem.plan.family.name,
         layout=layout,
@@ -277,17 +277,20 @@ def _fill(rows: dict[str, Check], rank: int, found: ShardedRun, problem: Problem
         rows["expert counts"].gradient |= Worst(relative_difference(counted, problem.counts), f"on rank {rank}")
 
 
-def _fill_kinds(rows: dict[str, Check], rank: int, found: ShardedRun, problem: Problem, layout: Layout) -> None:
+def _fill_kinds(
+    rows: dict[str, Check], rank: int, found: ShardedRun, problem: Problem, layout: Layout, options: Options
+) -> None:
     """Add a rank's differences of each kind of batch to its row, infinite where it took another path than its own."""
     # A family of the user's may attend by itself; what it does then is not seen.
-    is_seen = any(answer.attention for answer in found.kinds.values())
+    is_seen = any(answer.paths & {"causal", "masked"} for answer in found.kinds.values())
     for kind, batch in problem.training.kinds.items():
         answer = found.kinds[kind]
         differences = compare_kind(answer, problem.kinds[kind], batch, rank // layout.tensor, layout.data)
         for name, difference in differences.items():
             rows[kind].gradient |= Worst(difference, f"{name} on rank {rank}")
-        if is_seen and answer.attention != {KINDS[kind]}:
-            never = f"attention was {' and '.join(sorted(answer.attention))}, never {KINDS[kind]}, on rank {rank}"
+        asked = paths_of(kind, layout, options)
+        if is_seen and answer.paths != asked:
+            never = f"{', '.join(sorted(answer.paths))} instead of {', '.join(sorted(asked))} on rank {rank}"
             rows[kind].gradient |= Worst(math.inf, never)
 
 

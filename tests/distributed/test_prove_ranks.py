@@ -126,8 +126,13 @@ def test_every_kind_of_batch_takes_its_own_path_and_finds_what_breaks_there(on_r
         assert {check.name for check in proof.failed} & KINDS.keys() == finds, what
         if what == "there is always a mask":
             never = next(check.gradient for check in proof.checks if check.name == "no mask")
-            assert never.difference == math.inf and "never causal" in never.where
+            assert never.difference == math.inf and "masked instead of causal" in never.where
             assert {check.name for check in proof.failed} == finds
+            # Nor did these ranks slice or recompute.
+            asked = Options(sequence_parallel=True, recompute="block")
+            proof = examine(problem, TWO, asked, run=lambda *_, results=results, **__: results)
+            (padded,) = [check for check in proof.failed if check.name == "right padding"]
+            assert "masked instead of masked, recomputed, sliced" in padded.gradient.where
 
 
 def test_exchanged_rows_need_the_sum_of_the_tensor_ranks(on_ranks: Any) -> None:

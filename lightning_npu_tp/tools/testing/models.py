@@ -282,13 +282,14 @@ class BatchAnswer:
     loss:      scalar: sum over the tokens that count over their number, balance losses added where asked for.
     logits:    [batch, length, vocabulary], or a data rank's rows of them.
     gradients: of the loss, whole, by parameter name.
-    attention: which attention computed it on a rank: "causal" (no mask), "masked"; empty for one process.
+    paths:     that a rank took: attention "causal" (no mask) or "masked", "sliced" sequences, "recomputed" layers;
+               empty for one process, and where the layers are none of ours.
     """
 
     loss: Tensor
     logits: Tensor
     gradients: dict[str, Tensor]
-    attention: frozenset[str] = frozenset()
+    paths: frozenset[str] = frozenset()
 
 
 def counted_tokens(batch: Mapping[str, Tensor]) -> int:

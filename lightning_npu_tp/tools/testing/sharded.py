@@ -10,9 +10,11 @@ from __future__ import annotations
 import logging
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from lightning_npu_tp.devices import device as devices
 from lightning_npu_tp.errors import ConfigError
 from lightning_npu_tp.models.families.family import ModelFamily
 from lightning_npu_tp.models.families.registry import FAMILIES
+from lightning_npu_tp.models.layers.causal_lm import ShardedDecoder
 from lightning_npu_tp.models.moe.bias import clear_pending
 from lightning_npu_tp.parallel.clipping import clip_grad_norm_, total_grad_norm
 from lightning_npu_tp.parallel.layout import Groups, Layout, Meshes
@@ -181,7 +184,7 @@ def train_sharded(
     """Train on this rank's part of `layout`; see `Training`, `ShardedRun` and `sharded_model`."""
     # It says of every gathered parameter that two gathers are slower than one; nothing here is in a hurry.
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
-    seen: set[str] = set()
+    seen: Counter[str] = Counter()
     model, meshes = sharded_model(
         training.config,
         layout,
@@ -191,6 +194,9 @@ def train_sharded(
         device=device,
         chosen=_watched(kernels.select(device.type), seen),
     )
+    for module in model.modules():
+        if isinstance(module, ShardedDecoder):
+            module.register_forward_hook(partial(_note_slices, seen), with_kwargs=True)
     parameters = dict(model.named_parameters())
     optimizer = _optimizer(model, training)
     run, blocks = ShardedRun(), moe_blocks(model)
@@ -202,10 +208,13 @@ def train_sharded(
         mine = {name: value.to(device) for name, value in mine.items()}
         # Gradients are averaged over the data ranks.
         output = model(**mine, num_items_in_batch=tokens / layout.data, gather_logits=True)
+        calls = seen.total()
         total = output.loss
         if balance and output.aux_loss is not None:
             total = total + output.aux_loss * counted_tokens(mine) / (tokens / layout.data)
         total.backward()
+        if seen.total() > calls:
+            seen["recomputed"] += 1
         return total.detach().to(wide), output.logits.detach().cpu()
 
     def over_data(loss: Tensor) -> Tensor:
@@ -251,11 +260,17 @@ def train_sharded(
     return run
 
 
-def _watched(chosen: kernels.Kernels, seen: set[str]) -> kernels.Kernels:
+def _note_slices(seen: Counter[str], _: Any, arguments: Any, keywords: dict[str, Any], output: Any) -> None:
+    """Note "sliced" where a decoder's result is a part of the sequences that went in."""
+    if output.last_hidden_state.shape[1] < keywords["input_ids"].shape[1]:
+        seen["sliced"] += 1
+
+
+def _watched(chosen: kernels.Kernels, seen: Counter[str]) -> kernels.Kernels:
     """The same kernels; attention notes in `seen` whether it was "causal" (without a mask) or "masked"."""
 
     def attend(*tensors: Tensor, mask: Tensor | None, **settings: Any) -> Tensor:
-        seen.add("causal" if mask is None else "masked")
+        seen["causal" if mask is None else "masked"] += 1
         return chosen.attend(*tensors, mask=mask, **settings)
 
     return replace(chosen, attend=attend)
