@@ -3,8 +3,9 @@
     python benchmarks/proof_table.py
     python -m ascend_sim run -n 4 --float64 -- benchmarks/proof_table.py --device npu --json FILE.json
 
-What `lightning-npu-tp prove` does, on four ranks that are kept: loss, logits, gradients, clip norm, expert counts,
-three steps of AdamW, and a checkpoint loaded into another layout. Exit code 1 where a layout does not hold.
+What `lightning-npu-tp prove` does, on four ranks that are kept: a batch of each kind, loss, logits, gradients, clip
+norm, expert counts, three steps of AdamW, and a checkpoint loaded into another layout. Exit code 1 where one does not
+hold.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from lightning_npu_tp.convert.convert import Options
 from lightning_npu_tp.models.families.registry import FAMILIES
 from lightning_npu_tp.parallel.layout import Layout
 from lightning_npu_tp.tools.check_folder import device_type
+from lightning_npu_tp.tools.proof_batches import KINDS
 from lightning_npu_tp.tools.prove import prove, widest
 from lightning_npu_tp.tools.testing.models import tiny_config
 from lightning_npu_tp.tools.testing.ranks import RankPool
@@ -66,7 +68,8 @@ def main() -> int:
                     run=lambda fn, world_size, *args, **how: pool.run(fn, *args, **how),
                 )
                 row = {"family": family, "layout": name, "worst": proof.worst.difference, "where": proof.worst.where}
-                rows.append({**row, "failed": [check.name for check in proof.failed]})
+                kinds = {check.name: check.worst.difference for check in proof.checks if check.name in KINDS}
+                rows.append({**row, "kinds": kinds, "failed": [check.name for check in proof.failed]})
                 print(f"{family}, {name}: {proof.headline()}", flush=True)
     Console(width=160).print(table(rows, f"worst relative difference, {RANKS} ranks on {on}, {widest(on)}"))
     if arguments.json:

@@ -27,6 +27,7 @@ from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
 
 from lightning_npu_tp import kernels
 from lightning_npu_tp.convert.convert import Options, convert
+from lightning_npu_tp.parallel.forward_pass import ForwardPass
 from lightning_npu_tp.parallel.layout import Groups, Layout, Meshes
 from lightning_npu_tp.tools.testing.ranks import run_ranks
 
@@ -99,7 +100,6 @@ def measure(rank: int, world_size: int, batch: int, length: int, sliced: bool, r
         options=Options(sequence_parallel=sliced, recompute=recompute),
     )
     decoder = model.model
-    region = decoder.region
     steps = -(-length // world_size) if sliced else length
     hidden = torch.randn(batch, steps, SHAPE["hidden_size"], dtype=torch.bfloat16, requires_grad=True)
     tables = decoder.rotary_emb(hidden, torch.arange(length)[None])
@@ -110,8 +110,8 @@ def measure(rank: int, world_size: int, batch: int, length: int, sliced: bool, r
         known |= {p.grad.to_local().untyped_storage()._cdata for p in model.parameters() if p.grad is not None}
         known.add(hidden.untyped_storage()._cdata)
         with FollowStorages(known) as storages:
-            with region.sequence(length if sliced else None):
-                output = layer(hidden, **inputs)
+            step = ForwardPass(decoder.region.sliced(length if sliced else None))
+            output = layer(hidden, step=step, **inputs)
             kept = storages.live
             output.backward(torch.ones_like(output))
         peak = storages.peak

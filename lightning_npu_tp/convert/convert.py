@@ -206,7 +206,7 @@ def _convert_one(model_name: str, model: nn.Module, family: ModelFamily, setup: 
         for name in aliases:
             set_parameter(model, name, sharded)
     if setup.options.recompute == "block":
-        recompute_layers(model, context.region, context.config)
+        recompute_layers(model, context.config)
     if layout.data > 1:
         parallelize_over_data(model, family.layers, setup.meshes, setup.options.data_parallel)
     if source:

@@ -139,7 +139,7 @@ class _Transfer:
         return received
 
     def finish(self) -> Tensor:
-        """The received rows."""
+        """Wait for the exchange; the rows received, local [R, …], sorted by source rank."""
         assert self._under_way is not None, "an exchange is waited for once"
         work, _, received = self._under_way
         work.wait()
@@ -185,7 +185,7 @@ class Arriving:
     _transfer: _Transfer | None
 
     def wait(self) -> Tensor:
-        """The rows, local [R, …]; once per exchange."""
+        """Wait for the exchange; the rows received, local [R, …], sorted by source rank. Called once."""
         if self._transfer is None:
             return self._rows
         return _FinishExchange.apply(self._rows, self._transfer)

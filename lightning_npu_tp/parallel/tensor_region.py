@@ -4,15 +4,11 @@ A layer enters a region with activations that all ranks know, works there on its
 parameters, and leaves with a sum. Outside, activations are whole on every rank, or, with sequence
 parallelism, each rank keeps a slice of the positions: then norms, residuals and the router run on a
 slice, entering gathers and leaving scatters. Layers call the four methods here and know neither.
-
-Each call names the modules whose parameters need the collective. Nothing here reads that; the proof
-does, to drop one rule's collectives and see that it is caught (testing/breaking.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import copy
 from typing import Any
 
 from torch import Tensor, nn
@@ -29,39 +25,33 @@ def local(parameter: Tensor) -> Tensor:
 
 
 class Region:
-    """Enters and leaves the tensor-parallel regions of one model; its modules share the object.
+    """Enters and leaves the tensor-parallel regions of one model; its modules share the object, which is whole.
 
     groups:            process groups, looked up at each use.
     sequence_parallel: whether activations outside of regions are slices of the sequence, in forwards
-                       that allow it (`sequence`).
+                       that allow it (`length_to_slice`).
+    length:            positions of the sequences of which every rank keeps a slice outside of regions; None where
+                       activations are whole. Fixed: `sliced` makes another region.
     """
 
     def __init__(self, groups: Groups, *, sequence_parallel: bool = False) -> None:
         self.groups = groups
         self.sequence_parallel = sequence_parallel
-        self._length: int | None = None
+        self.length: int | None = None
 
     @property
     def is_sliced(self) -> bool:
-        """Whether the present forward keeps slices of the sequence outside of regions."""
-        return self._length is not None
+        """Whether activations outside of regions are slices of the sequence."""
+        return self.length is not None
 
-    @property
-    def length(self) -> int | None:
-        """Positions of the present forward's sequences, None unless it is sliced."""
-        return self._length
-
-    @contextmanager
-    def sequence(self, length: int | None) -> Iterator[None]:
-        """Slice sequences of `length` positions while inside; None keeps them whole."""
-        before, self._length = self._length, length
-        try:
-            yield
-        finally:
-            self._length = before
+    def sliced(self, length: int | None) -> Region:
+        """This region for one forward pass over sequences of `length` positions; None keeps them whole."""
+        region = copy.copy(self)
+        region.length = length
+        return region
 
     def length_to_slice(self, length: int, *, has_cache: bool) -> int | None:
-        """What to hand to `sequence` for a forward over `length` positions.
+        """What to hand to `sliced` for a forward over `length` positions.
 
         None, which is whole, without sequence parallelism, with a cache of earlier positions, and for
         sequences so short that a rank would have none.
@@ -69,42 +59,37 @@ class Region:
         ranks = group_size(self.groups.tensor())
         return length if self.sequence_parallel and 1 < ranks <= length and not has_cache else None
 
-    def enter(self, *tensors: Tensor, of: Any = ()) -> Any:
+    def enter(self, *tensors: Tensor) -> Any:
         """Make activations ready for each rank's own part of the work.
 
         tensors: [B, S or this rank's slice, …], known alike to all ranks. Returns [B, S, …] each.
         Gradient: the ranks' partial gradients, summed.
-        of: module or modules whose input or output gradient becomes complete by it.
         """
         group = self.groups.tensor()
-        if self._length is None:
+        if self.length is None:
             return copy_to_group(*tensors, group=group)
-        gathered = tuple(gather_sequence(tensor, self._length, group) for tensor in tensors)
+        gathered = tuple(gather_sequence(tensor, self.length, group) for tensor in tensors)
         return gathered if len(gathered) > 1 else gathered[0]
 
-    def leave(self, partial: Tensor, *, of: Any = ()) -> Tensor:
-        """Sum the ranks' partial results [B, S, …]; returns [B, S or this rank's slice, …].
-
-        of: module or modules whose outputs are partial.
-        """
+    def leave(self, partial: Tensor) -> Tensor:
+        """Sum the ranks' partial results [B, S, …]; returns [B, S or this rank's slice, …]."""
         group = self.groups.tensor()
-        return reduce_from_group(partial, group) if self._length is None else reduce_to_sequence(partial, group)
+        return reduce_from_group(partial, group) if self.length is None else reduce_to_sequence(partial, group)
 
-    def share(self, *tensors: Tensor, of: Any = ()) -> Any:
+    def share(self, *tensors: Tensor) -> Any:
         """Use inside of the region what replicated modules made of its input.
 
         Without slices they ran outside, on whole activations, and their results enter here. With
         slices they ran on what had entered already, and their parameters' gradients are summed
         (`weight`): nothing is left to do.
-        of: the replicated modules.
         """
-        if self._length is None:
+        if self.length is None:
             return copy_to_group(*tensors, group=self.groups.tensor())
         return tensors if len(tensors) > 1 else tensors[0]
 
     def outside(self, hidden: Tensor, entered: Tensor) -> Tensor:
         """What replicated modules of a region take as input: see `share`."""
-        return hidden if self._length is None else entered
+        return hidden if self.length is None else entered
 
     def weight(self, owner: nn.Module, name: str = "weight") -> Any:
         """A replicated parameter of `owner`, local, for a module that sees a slice, or works inside with `share`.
@@ -114,7 +99,7 @@ class Region:
         parameter = getattr(owner, name)
         if parameter is None:
             return None
-        return local(parameter) if self._length is None else self.weight_inside(owner, name)
+        return local(parameter) if self.length is None else self.weight_inside(owner, name)
 
     def weight_inside(self, owner: nn.Module, name: str = "weight") -> Tensor:
         """A replicated parameter of `owner`, local, that every rank applies to its own part in a region.
@@ -123,18 +108,17 @@ class Region:
         """
         return copy_to_group(local(getattr(owner, name)), group=self.groups.tensor())
 
-    def total_inside(self, partial: Tensor, *, of: Any = ()) -> Tensor:
+    def total_inside(self, partial: Tensor) -> Tensor:
         """Sum the ranks' partial numbers inside of a region, for each rank's own use.
 
         Gradient: the ranks' partial gradients, summed.
-        of: modules that need the sum.
         """
         group = self.groups.tensor()
         return copy_to_group(reduce_from_group(partial, group), group=group)
 
     def slice(self, whole: Tensor) -> Tensor:
         """This rank's slice of [B, S, …] that every rank holds whole; unchanged in a forward that is not sliced."""
-        return whole if self._length is None else slice_sequence(whole, self.groups.tensor())
+        return whole if self.length is None else slice_sequence(whole, self.groups.tensor())
 
     def __deepcopy__(self, memo: dict[int, object]) -> Region:
         return self

@@ -2,9 +2,9 @@
 
 The user's model, made small (`small_model.py`), trains a few AdamW steps in as many processes as the layout has
 ranks, on the CPU or on cards, and once in this process as transformers' own float64 model. Every number
-of every rank is compared; gradients and parameters are told by the sharding rule that they fall under.
-Knows no command line and prints nothing. A checkpoint is loaded into another layout too. Balance losses,
-which transformers does not compute, are not compared.
+of every rank is compared, for each kind of batch by itself (`proof_batches.py`) and in training; gradients and
+parameters are told by the sharding rule that they fall under. A checkpoint is loaded into another layout too.
+Knows no command line and prints nothing.
 """
 
 from __future__ import annotations
@@ -12,9 +12,8 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from functools import partial
 from typing import Any
 
 import torch
@@ -28,16 +27,27 @@ from lightning_npu_tp.models.families.family import ModelFamily
 from lightning_npu_tp.models.families.registry import FAMILIES, family_named
 from lightning_npu_tp.parallel.layout import Layout, resolve_dispatch
 from lightning_npu_tp.parallel.plan import Rule, match_plan
+from lightning_npu_tp.tools.proof import Check, Proof, Worst
+from lightning_npu_tp.tools.proof_batches import (
+    answers_alone,
+    expert_counts,
+    kind_batches,
+    not_compared,
+    paths_of,
+    set_balance_losses,
+    uneven_batches,
+)
 from lightning_npu_tp.tools.small_model import config_with_few_layers, shrink
 from lightning_npu_tp.tools.testing.breaking import BrokenRegion
-from lightning_npu_tp.tools.testing.models import ReferenceStep, random_batch, reference_model
+from lightning_npu_tp.tools.testing.models import BatchAnswer, ReferenceStep
 from lightning_npu_tp.tools.testing.ranks import run_ranks
-from lightning_npu_tp.tools.testing.reference import float64_reference, relative_difference
+from lightning_npu_tp.tools.testing.reference import relative_difference
 from lightning_npu_tp.tools.testing.sharded import (
     CPU,
     ShardedRun,
     Training,
     compare,
+    compare_kind,
     open_group,
     train_alone,
     train_sharded,
@@ -50,114 +60,6 @@ from lightning_npu_tp.tools.testing.sharded import (
 BOUNDS = {"float64": 1e-10, "float32": 1e-3}
 _CLIP_NORM = 0.05
 _DTYPES = {"float64": torch.float64, "float32": torch.float32}
-
-
-@dataclass(frozen=True)
-class Worst:
-    """The largest relative difference of several, and where it is."""
-
-    difference: float = 0.0
-    where: str = ""
-
-    def __or__(self, other: Worst) -> Worst:
-        return other if other.difference > self.difference or not self.where else self
-
-
-@dataclass
-class Check:
-    """One row of the proof.
-
-    name:     "loss", "logits", "clip norm", "expert counts", or the pattern of a sharding rule.
-    split:    how the rule splits, "" for the others.
-    gradient: worst gradient of the rule's parameters; for the others the number itself.
-    after:    worst parameter of the rule after the last step; None for the others.
-    """
-
-    name: str
-    split: str = ""
-    gradient: Worst = field(default_factory=Worst)
-    after: Worst | None = None
-
-    @property
-    def worst(self) -> Worst:
-        """The worse of the two."""
-        return self.gradient | self.after if self.after is not None else self.gradient
-
-    def passed(self, bound: float) -> bool:
-        """Whether all differences are within the bound."""
-        return self.worst.difference <= bound
-
-
-@dataclass
-class Proof:
-    """What was compared and how far it was off.
-
-    config: of the small model. left_out: how many collectives a broken rule was spared, on all ranks.
-    """
-
-    family: str
-    layout: Layout
-    options: Options
-    config: Any
-    bound: float
-    dtype: str
-    device: str
-    steps: int
-    checks: list[Check]
-    left_out: int = 0
-
-    @property
-    def failed(self) -> list[Check]:
-        """Checks beyond the bound."""
-        return [check for check in self.checks if not check.passed(self.bound)]
-
-    @property
-    def worst(self) -> Worst:
-        """The worst of all."""
-        worst = Worst()
-        for check in self.checks:
-            worst |= check.worst
-        return worst
-
-    def headline(self) -> str:
-        """The verdict in one line."""
-        worst = f"worst {self.worst.difference:.1e}, bound {self.bound:.0e}"
-        if not self.failed:
-            return f"any number: {worst}: the layout computes what one process computes"
-        return (
-            f"{len(self.failed)} of {len(self.checks)} checks fail, {worst} ({self.worst.where}): "
-            f"the layout does not compute what one process computes"
-        )
-
-    def as_json(self) -> dict[str, Any]:
-        """The proof as plain data; numbers that are not finite are texts."""
-        sizes = self.layout
-        return {
-            "family": self.family,
-            "layout": {"data": sizes.data, "tensor": sizes.tensor, "expert": sizes.expert},
-            "sequence_parallel": self.options.sequence_parallel,
-            "dispatch": resolve_dispatch(sizes, self.options.dispatch),
-            "recompute": self.options.recompute,
-            "data_parallel": self.options.data_parallel,
-            "dtype": self.dtype,
-            "device": self.device,
-            "steps": self.steps,
-            "bound": self.bound,
-            "passed": not self.failed,
-            "headline": self.headline(),
-            "checks": [_check_as_json(check, self.bound) for check in self.checks],
-        }
-
-
-def _check_as_json(check: Check, bound: float) -> dict[str, Any]:
-    def plain(worst: Worst) -> dict[str, Any]:
-        value = worst.difference
-        return {"difference": value if math.isfinite(value) else str(value), "where": worst.where}
-
-    found: dict[str, Any] = {"name": check.name, "split": check.split, "passed": check.passed(bound)}
-    if check.after is None:
-        return {**found, "value": plain(check.gradient)}
-    return {**found, "gradient": plain(check.gradient), "after": plain(check.after)}
 
 
 @dataclass(frozen=True)
@@ -198,65 +100,42 @@ def check_layout(config: Any, layout: Layout, families: Sequence[ModelFamily] = 
     check_sizes(plan.family, few, dict(plan.rules), dict(plan.shapes), layout)
 
 
-def uneven_batches(config: Any, layout: Layout) -> list[dict[str, Tensor]]:
-    """Two micro-batches that nothing divides.
-
-    Sequences by the data ranks, lengths by the tensor ranks; other lengths in the second; rows end early.
-    """
-    rows = max(3, 2 * layout.data - 1)
-    # Prime; a layout of so many tensor ranks takes the next.
-    length = next(n for n in (17, 19, 37, 67, 131) if n > max(rows + 2, 2 * layout.tensor))
-    return [random_batch(config, rows, length + 4 * index, seed=index, padding=True) for index in range(2)]
-
-
-def expert_counts(config: Any, batches: Sequence[Mapping[str, Tensor]]) -> Tensor | None:
-    """Picks by layer and expert, int64 [layers, experts], of transformers' own router; None without experts."""
-    model = reference_model(config)
-    counts: dict[str, Tensor] = {}
-
-    def count(name: str, number: int, _: Any, arguments: tuple[Any, ...]) -> None:
-        counts[name] = counts.get(name, 0) + torch.bincount(arguments[1].reshape(-1), minlength=number)
-
-    for name, module in model.named_modules():
-        if type(module).__name__.endswith("Experts"):
-            number = module.get_parameter("down_proj").shape[0]
-            module.register_forward_pre_hook(partial(count, name, number))
-    with float64_reference(), torch.no_grad():
-        for batch in batches:
-            model(input_ids=batch["input_ids"], attention_mask=_causal_mask(batch))
-    return torch.stack(list(counts.values())) if counts else None
-
-
-def _causal_mask(batch: Mapping[str, Tensor]) -> Tensor:
-    """What to add to attention scores [B, 1, S, S]; a padding token sees itself too.
-
-    Padding is routed and counted as well, and what transformers lets it see differs between its attention
-    functions.
-    """
-    seen_BS = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
-    itself_SS = torch.eye(seen_BS.shape[1], dtype=torch.bool)
-    allowed_BSS = (seen_BS[:, None, :] & torch.ones_like(itself_SS).tril()) | itself_SS
-    return torch.zeros(allowed_BSS.shape, dtype=torch.float64).masked_fill(~allowed_BSS, float("-inf"))[:, None]
-
-
 @dataclass(frozen=True)
 class Problem:
-    """A small model and one process's answer; any layout that divides the same numbers may be held against it."""
+    """A small model and one process's answer; any layout that divides the same numbers may be held against it.
+
+    expected, counts, kinds: what one process computes: the training, picks by layer and expert (None without
+                             experts), and each batch of `training.kinds`.
+    """
 
     plan: Plan
     training: Training
     expected: ReferenceStep
     counts: Tensor | None
+    kinds: Mapping[str, BatchAnswer]
 
     @classmethod
     def of(
         cls, small: Any, layout: Layout, *, families: Sequence[ModelFamily] = (), steps: int = 3, reshard: bool = False
     ) -> Problem:
         """small: config from `shrink`; the batches are uneven for `layout`. reshard: see `Training`."""
+        plan = plan_of(small, families)
         batches = uneven_batches(small, layout)
-        training = Training(config=small, batches=batches, steps=steps, clip_norm=_CLIP_NORM, reshard=reshard)
-        expected = train_alone(training)
-        return cls(plan_of(small, families), training, expected, expert_counts(small, training.batches))
+        counts = expert_counts(small, batches)
+        # Over several data ranks the loss of all tokens at once is not one process's.
+        balance = counts is not None and (layout.data == 1 or getattr(small, "seq_aux", True))
+        if balance:
+            set_balance_losses(small)
+        training = Training(
+            config=small,
+            batches=batches,
+            kinds=kind_batches(small, layout, balance=balance),
+            steps=steps,
+            clip_norm=_CLIP_NORM,
+            reshard=reshard,
+        )
+        kinds = answers_alone(small, plan.family, training.kinds)
+        return cls(plan, training, train_alone(training), counts, kinds)
 
 
 def load_families(names: Sequence[str]) -> list[ModelFamily]:
@@ -302,7 +181,11 @@ def run_rank(
         more["dtype"] = _DTYPES[dtype]
     if families:
         more["families"] = load_families(families)
-    run = train_sharded(rank, world_size, training, layout, options, device=device, **more)
+    try:
+        run = train_sharded(rank, world_size, training, layout, options, device=device, **more)
+    finally:
+        for region in made:
+            region.close()
     return run, sum(region.num_left_out for region in made)
 
 
@@ -341,11 +224,14 @@ def examine(
         checks.append(Check("expert counts"))
     if training.reshard:
         checks.append(Check("save, reshard, load"))
+    for kind, batch in training.kinds.items():
+        checks.append(Check(kind, " x ".join(map(str, batch["input_ids"].shape))))
     splits = {problem.plan.patterns[name]: rule for name, rule in problem.plan.rules.items()}
     checks += [Check(pattern, _split_text(splits[pattern]), after=Worst()) for pattern in patterns]
     rows = {check.name: check for check in checks}
     for rank, (found, _) in enumerate(results):
         _fill(rows, rank, found, problem)
+        _fill_kinds(rows, rank, found, problem, layout, options)
     proof = Proof(
         family=problem.plan.family.name,
         layout=layout,
@@ -368,7 +254,7 @@ def examine(
 
 
 def _fill(rows: dict[str, Check], rank: int, found: ShardedRun, problem: Problem) -> None:
-    """Add a rank's differences to the rows."""
+    """Add a rank's differences of the training run to the rows of the proof."""
     differences = compare(found, problem.expected, problem.training)
     steps = problem.training.steps
     for name, pattern in problem.plan.patterns.items():
@@ -389,6 +275,23 @@ def _fill(rows: dict[str, Check], rank: int, found: ShardedRun, problem: Problem
         assert found.tokens_per_expert is not None
         counted = found.tokens_per_expert.reshape(problem.counts.shape)
         rows["expert counts"].gradient |= Worst(relative_difference(counted, problem.counts), f"on rank {rank}")
+
+
+def _fill_kinds(
+    rows: dict[str, Check], rank: int, found: ShardedRun, problem: Problem, layout: Layout, options: Options
+) -> None:
+    """Add a rank's differences of each kind of batch to its row, infinite where it took another path than its own."""
+    # A family of the user's may attend by itself; what it does then is not seen.
+    is_seen = any(answer.paths & {"causal", "masked"} for answer in found.kinds.values())
+    for kind, batch in problem.training.kinds.items():
+        answer = found.kinds[kind]
+        differences = compare_kind(answer, problem.kinds[kind], batch, rank // layout.tensor, layout.data)
+        for name, difference in differences.items():
+            rows[kind].gradient |= Worst(difference, f"{name} on rank {rank}")
+        asked = paths_of(kind, layout, options)
+        if is_seen and answer.paths != asked:
+            never = f"{', '.join(sorted(answer.paths))} instead of {', '.join(sorted(asked))} on rank {rank}"
+            rows[kind].gradient |= Worst(math.inf, never)
 
 
 def _split_text(rule: Rule) -> str:
@@ -431,7 +334,7 @@ def prove(
     own = load_families(families)
     check_layout(config, layout, own)
     problem = Problem.of(shrink(config, layout, own), layout, families=own, steps=steps, reshard=broken is None)
-    return examine(
+    proof = examine(
         problem,
         layout,
         options,
@@ -442,3 +345,5 @@ def prove(
         run=run,
         timeout=timeout,
     )
+    proof.not_compared = not_compared(config, layout)
+    return proof

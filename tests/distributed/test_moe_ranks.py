@@ -24,6 +24,7 @@ from lightning_npu_tp.kernels import select
 from lightning_npu_tp.models.moe.block import MoEBlock
 from lightning_npu_tp.models.moe.dispatch import AllToAll, Replicated
 from lightning_npu_tp.parallel import collectives
+from lightning_npu_tp.parallel.forward_pass import ForwardPass
 from lightning_npu_tp.parallel.layout import Groups, Layout, Meshes
 from lightning_npu_tp.parallel.tensor_region import Region
 from lightning_npu_tp.tools.testing.operators import CountOperators
@@ -116,12 +117,14 @@ def replicated_step(rank: int, ranks: int, problem: dict[str, Any]) -> dict[str,
     if problem.get("dtensor"):
         make_dtensors(block, ranks)
     x = problem["x"].clone().requires_grad_()
-    y = block(x, token_mask=problem["mask"])
-    ((y * problem["grad"]).sum() + block.aux_loss).backward()
+    step = ForwardPass(block.region, problem["mask"])
+    y = block(x, step)
+    (aux_loss,) = step.balance_losses
+    ((y * problem["grad"]).sum() + aux_loss).backward()
     assert isinstance(block.experts.down_proj.grad, DTensor) == bool(problem.get("dtensor"))
     return {
         "output": y.detach(),
-        "aux loss": block.aux_loss.detach(),
+        "aux loss": aux_loss.detach(),
         "input gradient": x.grad,
         "gate.weight": local_grad(block.gate.weight),
         "experts.gate_up_proj": local_grad(block.experts.gate_up_proj),
@@ -281,8 +284,9 @@ def count_stalls(rank: int, ranks: int, problem: dict[str, Any]) -> list[str]:
     x = problem["x"].float().requires_grad_()
     block = block.float()
     with CountOperators() as operators:
-        y = block(x)
-        (y.sum() + block.aux_loss).backward()
+        step = ForwardPass(block.region)
+        y = block(x, step)
+        (y.sum() + sum(step.balance_losses)).backward()
     return [str(sighting) for sighting in operators.found()]
 
 

@@ -7,17 +7,23 @@ Every rule of the DeepSeek-V2 plan is broken once on two ranks.
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 from typer.testing import CliRunner
 
 from lightning_npu_tp.convert.convert import Options
 from lightning_npu_tp.errors import ConfigError
+from lightning_npu_tp.models.layers import causal_lm
 from lightning_npu_tp.parallel.layout import Layout
 from lightning_npu_tp.tools import prove as proving
 from lightning_npu_tp.tools.cli import app
+from lightning_npu_tp.tools.proof_batches import KINDS
 from lightning_npu_tp.tools.prove import Problem, examine, prove, run_rank
 from lightning_npu_tp.tools.small_model import shrink
 from lightning_npu_tp.tools.testing.models import tiny_config, tiny_deepseek_v2_config, tiny_deepseek_v2_grouped_config
@@ -79,6 +85,56 @@ def test_every_rule_that_loses_its_collective_is_caught_and_named(on_ranks: Any,
     assert _break_each(on_ranks, problem, SLICES, others) == others
 
 
+# What to break -> the kinds of batch that find it.
+BREAKS = {
+    "attention without a mask sees the future": {"no mask", "balance losses"},
+    "padding is taken to be on the right": {"left padding"},
+    "documents see each other": {"packed documents"},
+    "there is always a mask": {"no mask", "balance losses"},
+}
+
+
+def run_broken(rank: int, world_size: int, training: Training, what: str) -> Any:
+    attend, build = F.scaled_dot_product_attention, causal_lm.attention_mask_4d
+
+    def sees_the_future(*tensors: Tensor, is_causal: bool, **settings: Any) -> Tensor:
+        return attend(*tensors, **settings)
+
+    def mask(attention_mask: Tensor | None, position_ids: Tensor | None, **sizes: Any) -> Tensor | None:
+        if what == "padding is taken to be on the right" and attention_mask is not None:
+            attention_mask = attention_mask.sort(dim=1, descending=True).values
+        if what == "documents see each other":
+            position_ids = None
+        found = build(attention_mask, position_ids, **sizes)
+        if what == "there is always a mask" and found is None:
+            # The numbers are right, but nobody asked the kernel for them.
+            found = torch.ones(sizes["query_length"], sizes["query_length"], dtype=torch.bool).tril()[None, None]
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(causal_lm, "attention_mask_4d", mask)
+        if what == "attention without a mask sees the future":
+            patch.setattr(F, "scaled_dot_product_attention", sees_the_future)
+        return run_rank(rank, world_size, training, TWO, WHOLE, "float64", [], None)
+
+
+def test_every_kind_of_batch_takes_its_own_path_and_finds_what_breaks_there(on_ranks: Any) -> None:
+    problem = Problem.of(shrink(tiny_deepseek_v2_config(), TWO), TWO, steps=1)
+    for what, finds in BREAKS.items():
+        results = on_ranks(run_broken, 2, problem.training, what, timeout=90)
+        proof = examine(problem, TWO, WHOLE, run=lambda *_, results=results, **__: results)
+        assert {check.name for check in proof.failed} & KINDS.keys() == finds, what
+        if what == "there is always a mask":
+            never = next(check.gradient for check in proof.checks if check.name == "no mask")
+            assert never.difference == math.inf and "masked instead of causal" in never.where
+            assert {check.name for check in proof.failed} == finds
+            # Nor did these ranks slice or recompute.
+            asked = Options(sequence_parallel=True, recompute="block")
+            proof = examine(problem, TWO, asked, run=lambda *_, results=results, **__: results)
+            (padded,) = [check for check in proof.failed if check.name == "right padding"]
+            assert "masked instead of masked, recomputed, sliced" in padded.gradient.where
+
+
 def test_exchanged_rows_need_the_sum_of_the_tensor_ranks(on_ranks: Any) -> None:
     problem = Problem.of(shrink(CONFIGS["direct queries"], TWO), TWO, steps=1)
     options = Options(dispatch="all_to_all")
@@ -137,6 +193,7 @@ def test_the_command_prints_a_row_per_rule_and_ends_with_the_verdict(
     assert result.exit_code == (1 if broken else 0), result.output
     assert proof["passed"] is (broken is None) and proof["headline"] in result.output
     rows = {check["name"]: check for check in proof["checks"]}
+    assert rows.keys() >= KINDS.keys()
     assert {"loss", "logits", "clip norm", "expert counts", "lm_head.weight"} <= rows.keys()
     assert all(name in result.output for name in rows)
     if broken:

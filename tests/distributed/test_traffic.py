@@ -54,7 +54,7 @@ def count_step(rank: int, world_size: int, config: Any, layout: Layout, options:
     def count_rows(block: MoEBlock, arguments: Any, routing: Any) -> None:
         nonlocal rows_away
         experts_TK = routing.experts_TK
-        if layout.tensor > 1 and not model.model.region.is_sliced:
+        if layout.tensor > 1 and not options.sequence_parallel:
             first, last = chunk_bounds(len(experts_TK), rank % layout.tensor, layout.tensor)
             experts_TK = experts_TK[first:last]
         owner_TK = experts_TK // (config.n_routed_experts // layout.expert)

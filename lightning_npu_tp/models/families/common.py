@@ -17,7 +17,7 @@ from torch import nn
 from lightning_npu_tp.errors import ConversionError
 from lightning_npu_tp.models.families.family import BuildContext, Constructor, ModelFamily
 from lightning_npu_tp.models.file_names import KeyTable, Stacked
-from lightning_npu_tp.models.layers.causal_lm import ShardedCausalLM, ShardedDecoder
+from lightning_npu_tp.models.layers.causal_lm import ShardedCausalLM, ShardedDecoder, ShardedDecoderLayer
 from lightning_npu_tp.models.layers.gqa import GroupedQueryAttention
 from lightning_npu_tp.models.layers.linear import RMSNorm, ShardedMLP
 from lightning_npu_tp.models.layers.mla import MLAttention
@@ -26,7 +26,11 @@ from lightning_npu_tp.models.layers.vocab import VocabEmbedding, VocabHead
 from lightning_npu_tp.models.moe.block import MoEBlock
 from lightning_npu_tp.parallel.plan import Columns, Experts, Replicated, Rows, Rule, Vocab
 
-MIXINS: Mapping[str, type] = {"": ShardedCausalLM, "model": ShardedDecoder}
+MIXINS: Mapping[str, type] = {
+    "": ShardedCausalLM,
+    "model": ShardedDecoder,
+    "model.layers": ShardedDecoderLayer,
+}
 
 _GATE_UP, _DOWN = "*.mlp.experts.gate_up_proj", "*.mlp.experts.down_proj"
 _HEADS = "a head attends by itself"

@@ -1,9 +1,9 @@
-"""Forward passes of a converted decoder and its causal-LM head, as subclasses of transformers' own.
+"""Forwards of a converted causal LM, its decoder and the decoder's layers, in the place of transformers' own.
 
 Conversion makes a model an instance of a subclass of its transformers class, so that `generate`,
-`save_pretrained` and isinstance checks go on working. Two forwards change: the decoder builds its
-attention mask without asking a tensor anything on the host (transformers reads one value per
-forward), and the causal LM computes the loss on sharded logits. The layers in between are untouched.
+`save_pretrained` and isinstance checks go on working. The causal LM computes the loss on sharded logits; the decoder
+builds its attention mask without asking a tensor anything on the host (transformers reads one value per forward);
+and all three hand the ForwardPass on, to every module that needs to know of slices, masks and balance losses.
 """
 
 from __future__ import annotations
@@ -13,12 +13,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.modeling_outputs import MoeCausalLMOutputWithPast
+from transformers.cache_utils import DynamicCache
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.utils import can_return_tuple
+from transformers.utils.output_capturing import capture_outputs
 from typing_extensions import override
 
-from lightning_npu_tp.errors import ConfigError
+from lightning_npu_tp.errors import ConversionError
 from lightning_npu_tp.models.layers.vocab import IGNORED_LABEL
+from lightning_npu_tp.parallel.forward_pass import ForwardPass
 from lightning_npu_tp.parallel.layout import Groups
 from lightning_npu_tp.parallel.tensor_region import Region
 
@@ -60,14 +63,50 @@ def attention_mask_4d(
     return mask
 
 
+class ShardedDecoderLayer(nn.Module):
+    """Mixin for a decoder layer of two halves, attention and MLP, each with a norm before and a residual around it."""
+
+    input_layernorm: Any
+    self_attn: Any
+    post_attention_layernorm: Any
+    mlp: Any
+
+    @override
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        step: ForwardPass | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """hidden_states: [B, S or slice, D]; returns the same shape. What else comes in goes to the attention."""
+        if step is not None:
+            step.layers.append(self)
+        residual = hidden_states
+        hidden_states = self.input_layernorm(hidden_states, step)
+        hidden_states, _ = self.self_attn(
+            hidden_states=hidden_states, attention_mask=attention_mask, step=step, **kwargs
+        )
+        hidden_states = residual + hidden_states
+        residual = hidden_states
+        hidden_states = self.post_attention_layernorm(hidden_states, step)
+        hidden_states = self.mlp(hidden_states, step)
+        return residual + hidden_states
+
+
 class ShardedDecoder(nn.Module):
     """Mixin for a transformers decoder (`embed_tokens`, `layers`, `norm`, `rotary_emb`)."""
 
+    config: Any
     layers: Any
     embed_tokens: Any
+    norm: Any
+    rotary_emb: Any
     # Set by conversion; a decoder that was only mixed with this class works whole.
     region: Region = Region(Groups())
 
+    @capture_outputs
     @override
     def forward(
         self,
@@ -77,43 +116,49 @@ class ShardedDecoder(nn.Module):
         past_key_values: Any = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        *,
+        step: ForwardPass | None = None,
         **kwargs: Any,
-    ) -> Any:
+    ) -> MoeModelOutputWithPast:
         """As transformers' forward; all tensors global and replicated over the tensor ranks.
 
-        Within `region.sequence(…)`, last_hidden_state is this rank's slice of the sequence.
+        step: of the model around the decoder. With a sliced region, last_hidden_state is this rank's slice.
+        Raises ConversionError where layers of another kind lose what they would need of it.
         """
-        tokens = input_ids if input_ids is not None else inputs_embeds
-        if use_cache is None and self.training:
-            use_cache = False
-        mask = None
-        if tokens is not None:
-            past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
-            mask = attention_mask_4d(
-                attention_mask,
-                position_ids,
-                query_length=tokens.shape[1],
-                past_length=past_length,
-                device=tokens.device,
-            )
-            counted = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
-            for block in moe_blocks(self):
-                block.token_mask = counted
-            if self.region.is_sliced:
-                if position_ids is None:
-                    # transformers would count the positions of the slice.
-                    position_ids = torch.arange(tokens.shape[1], device=tokens.device)[None]
-                embeds = self.embed_tokens(input_ids) if inputs_embeds is None else self.region.slice(inputs_embeds)
-                input_ids, inputs_embeds = None, embeds
-        return super().forward(
-            input_ids=input_ids,
-            attention_mask=mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        if tokens is None or (input_ids is not None and inputs_embeds is not None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        step = step or ForwardPass(self.region, token_mask=_token_mask(attention_mask))
+        if use_cache is None:
+            use_cache = bool(getattr(self.config, "use_cache", False)) and not self.training
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
+        mask = attention_mask_4d(
+            attention_mask,
+            position_ids,
+            query_length=tokens.shape[1],
+            past_length=past_length,
+            device=tokens.device,
         )
+        if position_ids is None:
+            position_ids = past_length + torch.arange(tokens.shape[1], device=tokens.device)[None]
+        hidden = self.embed_tokens(input_ids, step) if inputs_embeds is None else step.region.slice(inputs_embeds)
+        tables = self.rotary_emb(hidden, position_ids)
+        for layer in self.layers[: self.config.num_hidden_layers]:
+            hidden = layer(
+                hidden,
+                attention_mask=mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                position_embeddings=tables,
+                step=step,
+                **kwargs,
+            )
+        if len(step.layers) < len(self.layers[: self.config.num_hidden_layers]):
+            _refuse_lost_pass(self, step)
+        return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden, step), past_key_values=past_key_values)
 
 
 class ShardedCausalLM(nn.Module):
@@ -156,20 +201,21 @@ class ShardedCausalLM(nn.Module):
             use_cache = False
         region: Region = self.model.region
         tokens = input_ids if input_ids is not None else inputs_embeds
-        sliced = None
         if tokens is not None:
-            sliced = region.length_to_slice(tokens.shape[1], has_cache=past_key_values is not None or bool(use_cache))
-        with region.sequence(sliced):
-            outputs = self.model(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                past_key_values=past_key_values,
-                inputs_embeds=inputs_embeds,
-                use_cache=use_cache,
-                **kwargs,
-            )
-            hidden = region.enter(outputs.last_hidden_state, of=self.lm_head)
+            has_cache = past_key_values is not None or bool(use_cache)
+            region = region.sliced(region.length_to_slice(tokens.shape[1], has_cache=has_cache))
+        step = ForwardPass(region, token_mask=_token_mask(attention_mask))
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            step=step,
+            **kwargs,
+        )
+        hidden = region.enter(outputs.last_hidden_state)
         loss = None
         if shift_labels is not None:
             flat = shift_labels.reshape(-1)
@@ -181,17 +227,10 @@ class ShardedCausalLM(nn.Module):
             # slice(-0, None) is everything, which is what 0 means to transformers.
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head.logits(hidden[:, keep])
-        blocks = [block for block in moe_blocks(self.model) if block.aux_loss is not None]
-        aux_losses = [block.aux_loss for block in blocks]
-        if torch.is_grad_enabled() and any(b.gate.weight.requires_grad > b.aux_loss.requires_grad for b in blocks):
-            raise ConfigError(
-                "The router's balance losses have no gradient: the layers ran under reentrant activation "
-                "checkpointing, which loses it. Set strategy.recompute=block instead of transformers' own switch, or "
-                "pass use_reentrant=False to that."
-            )
+        losses = step.balance_losses
         return MoeCausalLMOutputWithPast(
             loss=loss,
-            aux_loss=sum(aux_losses[1:], aux_losses[0]) if aux_losses else None,
+            aux_loss=sum(losses[1:], losses[0]) if losses else None,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
@@ -199,19 +238,56 @@ class ShardedCausalLM(nn.Module):
         )
 
 
-def moe_blocks(decoder: Any) -> list[Any]:
-    """The converted mixture-of-experts blocks of a decoder, in layer order."""
-    return [layer.mlp for layer in decoder.layers if hasattr(layer.mlp, "aux_loss")]
+def _refuse_lost_pass(decoder: Any, step: ForwardPass) -> None:
+    """Raise ConversionError if a layer that did not hand the pass on has parts that need it."""
+    for index, layer in enumerate(decoder.layers):
+        has_experts = any(hasattr(module, "pending_tokens_per_expert") for module in layer.modules())
+        if not any(layer is seen for seen in step.layers) and (step.region.is_sliced or has_experts):
+            raise ConversionError(
+                f"Layer {index}, a {type(layer).__name__}, does not hand the ForwardPass to its parts: slices, "
+                f"balance losses and what recompute remembers would be lost. Let its forward call "
+                f"super().forward(hidden_states, **kwargs), or give its family ShardedDecoderLayer for model.layers."
+            )
+
+
+def _token_mask(attention_mask: Tensor | None) -> Tensor | None:
+    """What the balance losses count of a mask as users pass it: [B, S]; a ready-made 4-D one says nothing of tokens."""
+    return attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
 
 
 _SUBCLASSES: dict[tuple[type, type], type] = {}
 
 
 def become(module: nn.Module, mixin: type) -> None:
-    """Make `module` an instance of (mixin, its class), keeping its state; twice is once."""
-    if isinstance(module, mixin):
-        return
-    key = (mixin, type(module))
-    if key not in _SUBCLASSES:
-        _SUBCLASSES[key] = type(f"Sharded{type(module).__name__}", (mixin, type(module)), {})
-    module.__class__ = _SUBCLASSES[key]
+    """Make `module` an instance of its class with `mixin` in it, keeping its state; twice is once.
+
+    module: of a list, each of its children becomes one. The mixin's forward takes the place of transformers'; that of
+            a user's own subclass still runs, and finds the mixin's where it calls its parent's.
+
+    Raises ConversionError for a decoder layer whose parts are others than the mixin computes with.
+    """
+    if isinstance(module, nn.ModuleList):
+        for child in module:
+            become(child, mixin)
+    elif not isinstance(module, mixin):
+        if mixin is ShardedDecoderLayer:
+            _check_parts(module)
+        key = (mixin, type(module))
+        if key not in _SUBCLASSES:
+            _SUBCLASSES[key] = _subclass(type(module), mixin)
+        module.__class__ = _SUBCLASSES[key]
+
+
+def _subclass(kind: type, mixin: type) -> type:
+    base = next((parent for parent in kind.__mro__ if parent.__module__.startswith("transformers.")), kind)
+    sharded = type(f"Sharded{base.__name__}", (mixin, base), {})
+    return sharded if kind is base else type(f"Sharded{kind.__name__}", (kind, sharded), {})
+
+
+def _check_parts(layer: nn.Module) -> None:
+    parts, known = {name for name, _ in layer.named_children()}, set(ShardedDecoderLayer.__annotations__)
+    if parts != known:
+        raise ConversionError(
+            f"{type(layer).__name__} has the parts {sorted(parts)}, and ShardedDecoderLayer computes with "
+            f"{sorted(known)}. Give the family a mixin of its own for model.layers."
+        )

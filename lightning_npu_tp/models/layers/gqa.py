@@ -19,6 +19,7 @@ from typing_extensions import override
 from lightning_npu_tp.kernels import REFERENCE, Kernels
 from lightning_npu_tp.models.layers.linear import ShardedLinear
 from lightning_npu_tp.parallel.collectives import group_size
+from lightning_npu_tp.parallel.forward_pass import ForwardPass
 from lightning_npu_tp.parallel.tensor_region import Region, local
 
 
@@ -62,7 +63,7 @@ class AllHeadsNorm(nn.Module):
         weight = local(self.weight)
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         partial = wide.square().sum(dim=-1, keepdim=True)
-        mean = self.region.total_inside(partial, of=self) / (x.shape[-1] * ranks)
+        mean = self.region.total_inside(partial) / (x.shape[-1] * ranks)
         return weight * (wide * torch.rsqrt(mean + self.eps)).to(x.dtype)
 
 
@@ -117,6 +118,7 @@ class GroupedQueryAttention(nn.Module):
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         attention_mask: Tensor | None = None,
         past_key_values: Any = None,
+        step: ForwardPass | None = None,
         **_: Any,
     ) -> tuple[Tensor, None]:
         """hidden_states: [B, S or slice, D]; attention_mask: bool [B, 1, S, L], None means causal.
@@ -124,8 +126,9 @@ class GroupedQueryAttention(nn.Module):
         Returns (the same shape, None).
         """
         assert position_embeddings is not None, "the decoder hands the rotary tables to every layer"
+        region = self.region if step is None else step.region
         cos, sin = position_embeddings
-        entered_BSD = self.region.enter(hidden_states, of=(self.q_proj, self.k_proj, self.v_proj))
+        entered_BSD = region.enter(hidden_states)
         q_BSHE, k_BSKE, v_BSKE = self._heads(entered_BSD)
         q_BHSE, k_BKLE = (self.kernels.rotate(x, cos, sin, interleaved=False).transpose(1, 2) for x in (q_BSHE, k_BSKE))
         v_BKLE = v_BSKE.transpose(1, 2)
@@ -139,5 +142,5 @@ class GroupedQueryAttention(nn.Module):
             scale=self.scaling,
             dropout=self.dropout if self.training else 0.0,
         )
-        out = self.region.leave(self.o_proj(out_BHSE.transpose(1, 2).flatten(2)), of=self.o_proj)
-        return (out if self.o_proj.bias is None else out + self.region.weight(self.o_proj, "bias")), None
+        out = region.leave(self.o_proj(out_BHSE.transpose(1, 2).flatten(2)))
+        return (out if self.o_proj.bias is None else out + region.weight(self.o_proj, "bias")), None

@@ -16,6 +16,7 @@ from typing_extensions import override
 
 from lightning_npu_tp.kernels import REFERENCE, Kernels
 from lightning_npu_tp.parallel.collectives import group_size
+from lightning_npu_tp.parallel.forward_pass import ForwardPass
 from lightning_npu_tp.parallel.tensor_region import Region, local
 
 
@@ -35,10 +36,14 @@ class ShardedLinear(nn.Module):
         self.region = region
 
     @override
-    def forward(self, x: Tensor) -> Tensor:
-        """x: [..., in local]; returns [..., out local]."""
+    def forward(self, x: Tensor, step: ForwardPass | None = None) -> Tensor:
+        """x: [..., in], its last axis local where the weight is split by rows; returns [..., out], local for columns.
+
+        step: of the model; only a layer with a region looks at it.
+        """
         if self.region is not None:
-            return F.linear(x, self.region.weight(self), self.region.weight(self, "bias"))
+            region = self.region if step is None else step.region
+            return F.linear(x, region.weight(self), region.weight(self, "bias"))
         bias = None if self.bias is None or self.skip_bias else local(self.bias)
         return F.linear(x, local(self.weight), bias)
 
@@ -60,10 +65,11 @@ class ShardedMLP(nn.Module):
         self.partial = partial
 
     @override
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, step: ForwardPass | None = None) -> Tensor:
         """x: [B, S or slice, D]; returns the same shape, or with `partial` [B, S, D] from what entered already."""
+        region = self.region if step is None else step.region
         if not self.partial:
-            x = self.region.enter(x, of=(self.gate_proj, self.up_proj))
+            x = region.enter(x)
         y = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
         bias = self.down_proj.bias
         if self.partial:
@@ -71,9 +77,9 @@ class ShardedMLP(nn.Module):
             # makes the gradient of the replicated bias complete again.
             if bias is None:
                 return y
-            return y + self.region.weight_inside(self.down_proj, "bias") / group_size(self.region.groups.tensor())
-        y = self.region.leave(y, of=self.down_proj)
-        return y if bias is None else y + self.region.weight(self.down_proj, "bias")
+            return y + region.weight_inside(self.down_proj, "bias") / group_size(region.groups.tensor())
+        y = region.leave(y)
+        return y if bias is None else y + region.weight(self.down_proj, "bias")
 
 
 class RMSNorm(nn.Module):
@@ -92,12 +98,15 @@ class RMSNorm(nn.Module):
         self.kernels = kernels
 
     @override
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, step: ForwardPass | None = None) -> Tensor:
         """x: [..., D]; returns the same shape in the dtype that weight * x has."""
-        weight = local(self.weight) if self.region is None else self.region.weight(self)
+        if self.region is None:
+            weight = local(self.weight)
+        else:
+            weight = (self.region if step is None else step.region).weight(self)
         return self.kernels.rms_norm(x, weight, self.eps)
 
     @override
     def extra_repr(self) -> str:
-        """Shown by print(model)."""
+        """What print(model) shows of the norm: the shape of its weight and eps."""
         return f"{tuple(self.weight.shape)}, eps={self.eps}"

@@ -17,6 +17,7 @@ from typing_extensions import override
 
 from lightning_npu_tp.kernels import REFERENCE, Kernels
 from lightning_npu_tp.models.layers.linear import RMSNorm, ShardedLinear
+from lightning_npu_tp.parallel.forward_pass import ForwardPass
 from lightning_npu_tp.parallel.tensor_region import Region
 
 
@@ -56,15 +57,15 @@ class MLAttention(nn.Module):
         self.kv_b_proj = ShardedLinear(source.kv_b_proj)
         self.o_proj = ShardedLinear(source.o_proj, skip_bias=True)
 
-    def _queries(self, hidden_BSD: Tensor) -> tuple[Tensor, Tensor]:
+    def _queries(self, hidden_BSD: Tensor, region: Region, step: ForwardPass | None) -> tuple[Tensor, Tensor]:
         """This rank's queries [B, S, H * (N + R)], and what the replicated projections take in."""
         if self.q_lora_rank is None:
-            entered = self.region.enter(hidden_BSD, of=self.q_proj)
-            return self.q_proj(entered), self.region.outside(hidden_BSD, entered)
+            entered = region.enter(hidden_BSD)
+            return self.q_proj(entered), region.outside(hidden_BSD, entered)
         # With whole activations only the latents enter, which are narrower.
-        alike = self.region.enter(hidden_BSD, of=self.q_a_proj) if self.region.is_sliced else hidden_BSD
-        latent = self.q_a_layernorm(self.q_a_proj(alike))
-        return self.q_b_proj(self.region.share(latent, of=(self.q_a_proj, self.q_a_layernorm, self.q_b_proj))), alike
+        alike = region.enter(hidden_BSD) if region.is_sliced else hidden_BSD
+        latent = self.q_a_layernorm(self.q_a_proj(alike, step), step)
+        return self.q_b_proj(region.share(latent)), alike
 
     @override
     def forward(
@@ -73,6 +74,7 @@ class MLAttention(nn.Module):
         attention_mask: Tensor | None = None,
         past_key_values: Any = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
+        step: ForwardPass | None = None,
         **_: Any,
     ) -> tuple[Tensor, None]:
         """hidden_states: [B, S or slice, D]; attention_mask: bool [B, 1, S, L], None means causal.
@@ -80,21 +82,21 @@ class MLAttention(nn.Module):
         Returns (the same shape, None).
         """
         assert position_embeddings is not None, "the decoder hands the rotary tables to every layer"
+        region = self.region if step is None else step.region
         cos, sin = position_embeddings
 
-        queries, alike = self._queries(hidden_states)
+        queries, alike = self._queries(hidden_states, region, step)
         q_BSHE = queries.unflatten(-1, (-1, self.nope_dim + self.rope_dim))
         q_nope, q_rope = q_BSHE.split([self.nope_dim, self.rope_dim], dim=-1)
         q_BSHE = torch.cat((q_nope, self.rotate(q_rope, cos, sin)), dim=-1)
 
-        latent, k_rope = self.kv_a_proj_with_mqa(alike).split([self.kv_lora_rank, self.rope_dim], dim=-1)
-        latent = self.kv_a_layernorm(latent)
+        latent, k_rope = self.kv_a_proj_with_mqa(alike, step).split([self.kv_lora_rank, self.rope_dim], dim=-1)
+        latent = self.kv_a_layernorm(latent, step)
         k_rope = self.rotate(k_rope[:, :, None], cos, sin)
         if past_key_values is not None:
             latent, k_rope = past_key_values.update(latent[:, None], k_rope.transpose(1, 2), self.layer_idx)
             latent, k_rope = latent[:, 0], k_rope.transpose(1, 2)
-        shared_by = (self.kv_a_proj_with_mqa, self.kv_a_layernorm, self.kv_b_proj)
-        latent, k_rope = self.region.share(latent, k_rope, of=shared_by)
+        latent, k_rope = region.share(latent, k_rope)
 
         kv_BLHE = self.kv_b_proj(latent).unflatten(-1, (-1, self.nope_dim + self.value_dim))
         k_nope, v_BLHV = kv_BLHE.split([self.nope_dim, self.value_dim], dim=-1)
@@ -108,5 +110,5 @@ class MLAttention(nn.Module):
             scale=self.scaling,
             dropout=self.dropout if self.training else 0.0,
         )
-        out = self.region.leave(self.o_proj(out_BHSV.transpose(1, 2).flatten(2)), of=self.o_proj)
-        return (out if self.o_proj.bias is None else out + self.region.weight(self.o_proj, "bias")), None
+        out = region.leave(self.o_proj(out_BHSV.transpose(1, 2).flatten(2)))
+        return (out if self.o_proj.bias is None else out + region.weight(self.o_proj, "bias")), None

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_npu_tp.parallel.collectives import gather_last_dim, group_rank, group_size
+from lightning_npu_tp.parallel.forward_pass import ForwardPass
 from lightning_npu_tp.parallel.plan import chunk_bounds
 from lightning_npu_tp.parallel.tensor_region import Region, local
 
@@ -39,7 +40,7 @@ class VocabEmbedding(nn.Module):
         self.region = region
 
     @override
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, ids: Tensor, step: ForwardPass | None = None) -> Tensor:
         """ids: [B, S] global ids, replicated; returns [B, S or slice, D]."""
         group = self.region.groups.tensor()
         if group is None:
@@ -51,7 +52,7 @@ class VocabEmbedding(nn.Module):
             # Its value stays, its gradient goes: `embedding`'s own padding_idx would hit a foreign row 0.
             padding = (ids == self.padding_idx)[..., None]
             rows = torch.where(padding, rows.detach(), rows)
-        return self.region.leave(rows.masked_fill(foreign[..., None], 0), of=self)
+        return (self.region if step is None else step.region).leave(rows.masked_fill(foreign[..., None], 0))
 
 
 class VocabHead(nn.Module):
@@ -68,9 +69,9 @@ class VocabHead(nn.Module):
         self.region = region
 
     @override
-    def forward(self, hidden: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, step: ForwardPass | None = None) -> Tensor:
         """hidden: [B, S or slice, D]; returns logits [B, S, V], gathered on every rank, differentiable."""
-        return self.logits(self.region.enter(hidden, of=self))
+        return self.logits((self.region if step is None else step.region).enter(hidden))
 
     def logits(self, entered: Tensor) -> Tensor:
         """Logits [..., V], gathered on every rank, of activations [..., D] that have entered the region."""

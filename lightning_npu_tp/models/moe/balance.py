@@ -85,7 +85,7 @@ def router_z_loss(logits_TE: Tensor, mask_T: Tensor | None = None, *, reduce: Re
     It keeps the logits small, where rounding them moves the scores little.
 
     logits_TE: `Routing.logits_TE`, at least float32; T may be 0.
-    mask_T, reduce: as above.
+    mask_T: true for tokens that count; None counts all. reduce: as in `sequence_balance_loss`.
     Returns a scalar without its factor; zero if no token counts. Gradient: to the logits.
     Source: equation 5 of arXiv:2202.08906.
     """

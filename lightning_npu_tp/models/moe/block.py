@@ -5,7 +5,6 @@ on every rank alike; tokens and routing weights then enter the tensor ranks' reg
 routed and shared parts leave it in one reduction: each rank adds its experts' part (`Replicated`) or its
 share of the tokens' (`AllToAll`). With slices of the sequence the router sees this rank's slice only.
 Either way every gradient is complete: the router's through its weights' summed gradient, the tokens'
-from typing_extensions import override
 from both ways. Knows no model family.
 
 Axes: B sequences, S tokens of each, s this rank's slice of them, T = B*S, K picks per token, D hidden,
@@ -30,9 +29,9 @@ from lightning_npu_tp.models.moe.dispatch import AllToAll, Replicated
 from lightning_npu_tp.models.moe.experts import RoutedExperts
 from lightning_npu_tp.models.moe.router import Routing, TopKRouter
 from lightning_npu_tp.parallel.collectives import group_rank, group_size, reduce_from_group
+from lightning_npu_tp.parallel.forward_pass import ForwardPass
 from lightning_npu_tp.parallel.layout import Groups, divisors
 from lightning_npu_tp.parallel.plan import chunk_bounds
-from lightning_npu_tp.parallel.recompute import is_second_run, remembered
 from lightning_npu_tp.parallel.sequence import join_slices, own_slice
 from lightning_npu_tp.parallel.tensor_region import Region
 
@@ -44,12 +43,11 @@ class MoEBlock(nn.Module):
     `experts.*` for this rank's E / group size experts. The owner may put others in their place, local
     tensors or DTensors of global shape split over the group (`adopt_parameters`).
 
-    aux_loss: after a training forward with aux_loss_alpha or z_loss_coef above 0, the balance loss times
-        alpha plus the router's z-loss times its factor, a scalar with gradient; else None. The same on all
-        ranks that see the same tokens. Whoever computes the training loss adds it there, once per rank, so
-        that it takes part in every scaling: of accumulation, of mixed precision.
-    token_mask: [B, S], true for the tokens that the losses count; set by the owner before a
-        forward, or passed to it. None counts all.
+    In training with aux_loss_alpha or z_loss_coef above 0 each forward adds the balance loss times alpha plus the
+    router's z-loss times its factor to the `balance_losses` of its ForwardPass. Whoever computes the training loss adds
+    them there, once per rank, so that they take part in every scaling: of accumulation, of mixed precision.
+
+    Its own statistics are state of the block, as those of a batch norm are; callbacks read them between steps:
     tokens_per_expert: int64 [E], the picks of the last forward by expert; on the device, read it when a
         sync does not hurt. Each token is counted on one rank (tensor ranks that route the same tokens
         count a share each), so that a sum over all ranks of the world is the global count.
@@ -97,8 +95,6 @@ class MoEBlock(nn.Module):
         self.seq_aux = seq_aux
         self.z_loss_coef = z_loss_coef
         self.recompute = recompute
-        self.aux_loss: Tensor | None = None
-        self.token_mask: Tensor | None = None
         self.tokens_per_expert: Tensor | None = None
         self.pending_tokens_per_expert: Tensor | None = None
         self.gate = TopKRouter(hidden_size=hidden_size, num_experts=num_experts, top_k=top_k, **router)
@@ -124,33 +120,33 @@ class MoEBlock(nn.Module):
             self.gate.e_score_correction_bias = bias_E.to(torch.promote_types(bias_E.dtype, torch.float32))
 
     @override
-    def forward(self, hidden_BSD: Tensor, token_mask: Tensor | None = None) -> Tensor:
+    def forward(self, hidden_BSD: Tensor, step: ForwardPass | None = None) -> Tensor:
         """hidden_BSD: [B, S or this rank's slice, D]. Returns the same shape and dtype.
 
+        step: None for a block that is called by itself, on whole activations.
         Gradient: complete on every rank for the input and the router; each rank's own experts'.
+        Raises ConfigError where the balance losses have lost their gradient.
         """
-        mask_BS = remembered(lambda: self.token_mask if token_mask is None else token_mask)
+        step = step or ForwardPass(self.region)
         tokens_TD = hidden_BSD.flatten(0, 1)
-        route = partial(self.gate, tokens_TD, weight=self.region.weight(self.gate))
-        first = None if is_second_run() else route()
-        experts_TK = remembered(lambda: first.experts_TK if first is not None else None)
+        route = partial(self.gate, tokens_TD, weight=step.region.weight(self.gate))
+        first = None if step.is_second_run else route()
+        experts_TK = step.remember(lambda: first.experts_TK if first is not None else None)
         routing = first if first is not None else route(experts_TK=experts_TK)
-        self._record(routing, hidden_BSD.shape[:2], mask_BS)
-        compute = self._sliced if self.region.is_sliced and isinstance(self.dispatcher, AllToAll) else self._partial
-        return compute(hidden_BSD, routing).to(hidden_BSD.dtype)
+        self._record(routing, hidden_BSD.shape[:2], step)
+        compute = self._sliced if step.region.is_sliced and isinstance(self.dispatcher, AllToAll) else self._partial
+        return compute(hidden_BSD, routing, step).to(hidden_BSD.dtype)
 
-    def _partial(self, hidden_BSD: Tensor, routing: Routing) -> Tensor:
+    def _partial(self, hidden_BSD: Tensor, routing: Routing, step: ForwardPass) -> Tensor:
         """Routed and shared parts as one partial sum over the tensor ranks."""
-        shape = hidden_BSD.shape[:2]
+        region, shape = step.region, hidden_BSD.shape[:2]
         weights_BSK, experts_BSK = routing.weights_TK.unflatten(0, shape), routing.experts_TK.unflatten(0, shape)
-        group = self.region.groups.tensor()
-        entered_BSD, weights_BSK = self.region.enter(
-            hidden_BSD, weights_BSK, of=(self.gate, self.experts, self.shared_experts)
-        )
-        if self.region.is_sliced:
-            length = self.region.length
+        group = region.groups.tensor()
+        entered_BSD, weights_BSK = region.enter(hidden_BSD, weights_BSK)
+        if region.is_sliced:
+            length = region.length
             assert length is not None and group is not None
-            experts_BSK = remembered(lambda: join_slices(routing.experts_TK.unflatten(0, shape), length, group))
+            experts_BSK = step.remember(lambda: join_slices(routing.experts_TK.unflatten(0, shape), length, group))
         x_TD, weights_TK, experts_TK = (t.flatten(0, 1) for t in (entered_BSD, weights_BSK, experts_BSK))
         num_tokens, first, last = len(x_TD), 0, len(x_TD)
         if isinstance(self.dispatcher, AllToAll):
@@ -162,26 +158,30 @@ class MoEBlock(nn.Module):
             experts_TK[first:last],
             self._experts,
             meanwhile=lambda: None if self.shared_experts is None else self.shared_experts(entered_BSD),
+            remember=step.remember,
         )
         if last - first < num_tokens:
             routed_TD = nn.functional.pad(routed_TD, (0, 0, first, num_tokens - last))
         routed_BSD = routed_TD.view_as(entered_BSD)
         partial_BSD = routed_BSD if shared_BSD is None else routed_BSD + shared_BSD
-        return self.region.leave(
-            partial_BSD, of=(self.experts, getattr(self.shared_experts, "down_proj", self.shared_experts))
-        )
+        return region.leave(partial_BSD)
 
-    def _sliced(self, hidden_BSD: Tensor, routing: Routing) -> Tensor:
+    def _sliced(self, hidden_BSD: Tensor, routing: Routing, step: ForwardPass) -> Tensor:
         """Every rank sends the tokens of its own slice; only the shared experts enter the region."""
 
         def shared() -> Tensor | None:
             if self.shared_experts is None:
                 return None
-            partial_BSD = self.shared_experts(self.region.enter(hidden_BSD, of=self.shared_experts))
-            return self.region.leave(partial_BSD, of=getattr(self.shared_experts, "down_proj", self.shared_experts))
+            partial_BSD = self.shared_experts(step.region.enter(hidden_BSD))
+            return step.region.leave(partial_BSD)
 
         routed_TD, shared_BSD = self.dispatcher(
-            hidden_BSD.flatten(0, 1), routing.weights_TK, routing.experts_TK, self._experts, meanwhile=shared
+            hidden_BSD.flatten(0, 1),
+            routing.weights_TK,
+            routing.experts_TK,
+            self._experts,
+            meanwhile=shared,
+            remember=step.remember,
         )
         routed_BSD = routed_TD.view_as(hidden_BSD)
         return routed_BSD if shared_BSD is None else routed_BSD + shared_BSD
@@ -190,17 +190,16 @@ class MoEBlock(nn.Module):
     def _experts(self) -> Any:
         return _Recomputed(self.experts) if self.recompute == "moe" and self.training else self.experts
 
-    def _record(self, routing: Routing, shape_BS: torch.Size, mask_BS: Tensor | None) -> None:
-        group = self.region.groups.tensor()
-        if mask_BS is not None and self.region.is_sliced:
-            assert group is not None
-            mask_BS = own_slice(mask_BS, group)
-        if not is_second_run():
-            self._count(routing.experts_TK)
-            self.aux_loss = None
+    def _record(self, routing: Routing, shape_BS: torch.Size, step: ForwardPass) -> None:
+        region, group, mask_BS = step.region, step.region.groups.tensor(), step.token_mask
+        if not step.is_second_run:
+            self._count(routing.experts_TK, region)
         if not self.training or (self.aux_loss_alpha <= 0 and self.z_loss_coef <= 0):
             return
-        reduce = partial(reduce_from_group, group=group) if self.region.is_sliced else None
+        if mask_BS is not None and region.is_sliced:
+            assert group is not None
+            mask_BS = own_slice(mask_BS, group)
+        reduce = partial(reduce_from_group, group=group) if region.is_sliced else None
         losses = []
         if self.aux_loss_alpha > 0:
             balance_loss = sequence_balance_loss if self.seq_aux else batch_balance_loss
@@ -213,13 +212,17 @@ class MoEBlock(nn.Module):
             mask_T = None if mask_BS is None else mask_BS.flatten()
             losses.append(self.z_loss_coef * router_z_loss(routing.logits_TE, mask_T, reduce=reduce))
         total = sum(losses[1:], losses[0])
-        # A second run's would keep all that was computed again alive until the next forward pass.
-        if not is_second_run():
-            self.aux_loss = total
+        if step.has_gradient and self.gate.weight.requires_grad and not total.requires_grad:
+            raise ConfigError(
+                "The router's balance losses have no gradient: the layers ran under reentrant activation "
+                "checkpointing, which loses it. Set strategy.recompute=block instead of transformers' own switch, or "
+                "pass use_reentrant=False to that."
+            )
+        step.balance_losses.append(total)
 
-    def _count(self, experts_TK: Tensor) -> None:
-        group = self.region.groups.tensor()
-        if not self.region.is_sliced and group is not None:
+    def _count(self, experts_TK: Tensor, region: Region) -> None:
+        group = region.groups.tensor()
+        if not region.is_sliced and group is not None:
             first, last = chunk_bounds(len(experts_TK), group_rank(group), group_size(group))
             experts_TK = experts_TK[first:last]
         picks_N = experts_TK.reshape(-1)
@@ -231,10 +234,8 @@ class MoEBlock(nn.Module):
 
     @override
     def __getstate__(self) -> dict[str, Any]:
-        # What one forward left behind belongs to its step: a copy (weight averaging, checkpoints of whole
-        # modules) starts without, and a tensor with a graph could not be copied.
-        left = ("aux_loss", "token_mask", "tokens_per_expert", "pending_tokens_per_expert")
-        return {**self.__dict__, **dict.fromkeys(left)}
+        # What was counted belongs to its step: a copy (weight averaging, checkpoints of whole modules) starts without.
+        return {**self.__dict__, **dict.fromkeys(("tokens_per_expert", "pending_tokens_per_expert"))}
 
 
 class _Recomputed:

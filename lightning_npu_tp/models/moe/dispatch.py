@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lightning_npu_tp.kernels.rows import MOVES, PickRows, RowMoves, sort_picks
 from lightning_npu_tp.parallel.collectives import group_rank, group_size, start_exchange
-from lightning_npu_tp.parallel.recompute import remembered
+from lightning_npu_tp.parallel.forward_pass import Remember, at_once
 
 GroupProvider = Callable[[], dist.ProcessGroup | None]
 Meanwhile = Callable[[], Any]
@@ -35,15 +35,15 @@ def nothing() -> None:
 
 
 class Experts(Protocol):
-    """What a dispatcher feeds: see RoutedExperts."""
+    """What a dispatcher feeds with tokens: this rank's experts, as `RoutedExperts` are."""
 
     @property
     def num_local(self) -> int:
-        """Number of experts on this rank."""
+        """How many experts this rank has, which lie next to each other in the global numbering."""
         ...
 
     def __call__(self, x_TD: Tensor, weights_TK: Tensor, rows: PickRows) -> Tensor:
-        """Weighted sum of each token's local picks."""
+        """Sum over each token's picks that are here of weight * expert(token), [T, D] in the dtype of `x_TD`."""
         ...
 
 
@@ -59,7 +59,13 @@ class Replicated:
         self.group = group
 
     def __call__(
-        self, x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, experts: Experts, meanwhile: Meanwhile = nothing
+        self,
+        x_TD: Tensor,
+        weights_TK: Tensor,
+        experts_TK: Tensor,
+        experts: Experts,
+        meanwhile: Meanwhile = nothing,
+        remember: Remember[Any] = at_once,
     ) -> tuple[Tensor, Any]:
         """This rank's experts' part, [T, D], and what `meanwhile()` returned.
 
@@ -84,17 +90,23 @@ class AllToAll:
         self.moves = moves
 
     def __call__(
-        self, x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, experts: Experts, meanwhile: Meanwhile = nothing
+        self,
+        x_TD: Tensor,
+        weights_TK: Tensor,
+        experts_TK: Tensor,
+        experts: Experts,
+        meanwhile: Meanwhile = nothing,
+        remember: Remember[Any] = at_once,
     ) -> tuple[Tensor, Any]:
         """The complete result for this rank's tokens, [T, D], and what `meanwhile()` returned while rows travelled.
 
         Gradients are complete as well. The routing weights stay at home: they are applied when the rows
-        are back.
+        are back. remember: of the forward pass; a second run exchanges no counts.
         """
         group, num_local = self.group(), experts.num_local
         picks = sort_picks(experts_TK, first=0, num_local=group_size(group) * num_local)
         sent_PE = picks.groups.counts_E.view(group_size(group), num_local)
-        received_PE, send_rows, recv_rows = remembered(lambda: _exchange_counts(sent_PE, group))
+        received_PE, send_rows, recv_rows = remember(lambda: _exchange_counts(sent_PE, group))
         # What has been sent or computed with is not named, so that it does not outlive its use.
         arriving = start_exchange(self.moves.tokens_to_rows(x_TD, picks), send_rows, recv_rows, group)
         aside = meanwhile()

@@ -68,7 +68,7 @@ class RoutedExperts(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self, std: float = 0.02) -> None:
-        """Draw the weights from a normal distribution."""
+        """Draw both weights of all local experts from a normal distribution."""
         nn.init.normal_(self.gate_up_proj, std=std)
         nn.init.normal_(self.down_proj, std=std)
 
@@ -110,6 +110,6 @@ class RoutedExperts(nn.Module):
 
     @override
     def extra_repr(self) -> str:
-        """Shown by print(model)."""
+        """The sizes that print(model) shows of the experts."""
         num_experts, hidden_size, expert_width = self.down_proj.shape
         return f"num_experts={num_experts}, hidden_size={hidden_size}, expert_width={expert_width}"

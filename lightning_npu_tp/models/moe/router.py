@@ -220,7 +220,7 @@ class TopKRouter(nn.Module):
 
     @override
     def extra_repr(self) -> str:
-        """Shown by print(model)."""
+        """The settings that print(model) shows of the router."""
         num_experts, hidden_size = self.weight.shape
         return (
             f"hidden_size={hidden_size}, num_experts={num_experts}, top_k={self.top_k}, scoring={self.scoring}, "

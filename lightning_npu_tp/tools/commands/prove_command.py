@@ -10,7 +10,7 @@ from rich.table import Table
 from lightning_npu_tp.tools.commands import conventions as shared
 
 if TYPE_CHECKING:
-    from lightning_npu_tp.tools.prove import Proof
+    from lightning_npu_tp.tools.proof import Proof
 
 
 def prove(
@@ -35,7 +35,8 @@ def prove(
     """Show that a layout computes what one process computes.
 
     Makes the model small, trains three steps in DATA x TENSOR processes on this machine, and compares loss,
-    logits, every gradient, clip norm, expert counts and parameters with transformers in one process on the CPU.
+    logits, every gradient, clip norm, expert counts and parameters with transformers in one process on the CPU;
+    before that one batch of each kind: without a mask, padded on either side, packed documents, balance losses.
     """
     with shared.exit_codes("the layout", otherwise=2):
         layout = shared.layout_of(data, tensor, expert)
@@ -56,6 +57,8 @@ def prove(
         )
         shared.write_json(json_file, proof.as_json())
     shared.wide_console().print(proof_table(proof))
+    for note in proof.not_compared:
+        typer.echo(f"not compared: {note}")
     typer.echo(proof.headline())
     raise typer.Exit(1 if proof.failed else 0)
 

@@ -11,9 +11,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, DeepseekV2Config, PretrainedConfig, PreTrainedModel
 
@@ -145,29 +146,46 @@ def tiny_deepseek_v2_config(**overrides: Any) -> DeepseekV2Config:
 
 
 def tiny_deepseek_v2_grouped_config(**overrides: Any) -> DeepseekV2Config:
-    """DeepSeek-V2 in small: as above with a query latent, 16 experts of which 4 from 2 of 4 groups, scaled by 16."""
+    """DeepSeek-V2 in small: V2-Lite's with a query latent, 16 experts of which 4 from 2 of 4 groups, scaled by 16."""
     return tiny_deepseek_v2_config(**{**_GROUPED, **overrides})
 
 
 def random_batch(
-    config: PretrainedConfig, batch: int, length: int, seed: int, *, padding: bool = False
+    config: PretrainedConfig, batch: int, length: int, seed: int, *, padding: bool | Literal["left"] = False
 ) -> dict[str, Tensor]:
     """Random tokens as a causal language model takes them; the model shifts the labels.
 
     Returns input_ids and labels, int64 [batch, length]. With padding also attention_mask: row i ends
-    early (a different length each), the rest is token 0 with label -100.
+    early (a different length each), or with "left" begins late; the rest is token 0 with label -100.
     """
     generator = torch.Generator().manual_seed(seed)
     input_ids = torch.randint(0, config.vocab_size, (batch, length), generator=generator)
     if not padding:
         return {"input_ids": input_ids, "labels": input_ids.clone()}
     ends = length - (torch.arange(batch) + 1) * max(1, length // (batch + 2))
-    attention_mask = (torch.arange(length)[None, :] < ends[:, None]).long()
+    attention_mask = labelled = (torch.arange(length)[None, :] < ends[:, None]).long()
+    if padding == "left":
+        attention_mask = attention_mask.flip(1)
+        # The first token would be predicted from padding, whose activations are nobody's contract.
+        labelled = attention_mask * F.pad(attention_mask, (1, -1))
     return {
         "input_ids": input_ids * attention_mask,
-        "labels": torch.where(attention_mask.bool(), input_ids, IGNORED_LABEL),
+        "labels": torch.where(labelled.bool(), input_ids, IGNORED_LABEL),
         "attention_mask": attention_mask,
     }
+
+
+def packed_batch(config: PretrainedConfig, batch: int, length: int, seed: int) -> dict[str, Tensor]:
+    """Random documents end to end: as `random_batch`, and position_ids, int64 [batch, length], that restart.
+
+    Row i has its second document at another position than its neighbours, and a third of two tokens at the end.
+    """
+    starts = torch.zeros(batch, length, dtype=torch.int64)
+    for row in range(batch):
+        second = 1 + (3 * row + length // 3) % (length - 3)
+        starts[row, second:] = second
+        starts[row, length - 2 :] = length - 2
+    return {**random_batch(config, batch, length, seed), "position_ids": torch.arange(length) - starts}
 
 
 def reference_model(config: PretrainedConfig, seed: int = 0, *, attention: str = "eager") -> PreTrainedModel:
@@ -230,7 +248,7 @@ def reference_step(
     """
     model = deepcopy(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay)
-    tokens = sum(int((batch["labels"][:, 1:] != IGNORED_LABEL).sum()) for batch in batches)
+    tokens = sum(counted_tokens(batch) for batch in batches)
     losses: list[Tensor] = []
     with float64_reference():
         for step in range(steps):
@@ -254,6 +272,45 @@ def reference_step(
         losses=losses,
         parameters={name: parameter.detach() for name, parameter in model.named_parameters()},
     )
+
+
+@dataclass(frozen=True)
+class BatchAnswer:
+    """What one batch gives at the initial weights.
+
+    loss:      scalar: sum over the tokens that count over their number, balance losses added where asked for.
+    logits:    [batch, length, vocabulary], or a data rank's rows of them.
+    gradients: of the loss, whole, by parameter name.
+    paths:     that a rank took: attention "causal" (no mask) or "masked", "sliced" sequences, "recomputed" layers;
+               empty for one process, and where the layers are none of ours.
+    """
+
+    loss: Tensor
+    logits: Tensor
+    gradients: dict[str, Tensor]
+    paths: frozenset[str] = frozenset()
+
+
+def counted_tokens(batch: Mapping[str, Tensor]) -> int:
+    """Labels of a batch that count in its loss; the model shifts them by one."""
+    return int((batch["labels"][:, 1:] != IGNORED_LABEL).sum())
+
+
+def reference_answer(
+    model: PreTrainedModel, batch: Mapping[str, Tensor], side_losses: Sequence[Tensor] = ()
+) -> BatchAnswer:
+    """One process's answer for one batch, in float64.
+
+    model:       from `reference_model`; its gradients are none afterwards.
+    side_losses: a list that hooks on the model fill in its forward; added to the loss.
+    """
+    with float64_reference():
+        output = model(**batch, num_items_in_batch=counted_tokens(batch))
+        loss = output.loss + sum(side_losses)
+        loss.backward()
+    gradients = {name: _gradient(parameter).clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    return BatchAnswer(loss.detach(), output.logits.detach(), gradients)
 
 
 def _gradient(parameter: Tensor) -> Tensor:

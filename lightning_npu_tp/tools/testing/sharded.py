@@ -10,9 +10,11 @@ from __future__ import annotations
 import logging
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +31,22 @@ from lightning_npu_tp.devices import device as devices
 from lightning_npu_tp.errors import ConfigError
 from lightning_npu_tp.models.families.family import ModelFamily
 from lightning_npu_tp.models.families.registry import FAMILIES
+from lightning_npu_tp.models.layers.causal_lm import ShardedDecoder
+from lightning_npu_tp.models.moe.bias import clear_pending
 from lightning_npu_tp.parallel.clipping import clip_grad_norm_, total_grad_norm
 from lightning_npu_tp.parallel.layout import Groups, Layout, Meshes
 from lightning_npu_tp.parallel.plan import chunk_bounds
-from lightning_npu_tp.tools.testing.models import IGNORED_LABEL, ReferenceStep, reference_model, reference_step
+from lightning_npu_tp.tools.testing.models import (
+    BatchAnswer,
+    ReferenceStep,
+    counted_tokens,
+    reference_model,
+    reference_step,
+)
 from lightning_npu_tp.tools.testing.reference import relative_difference
+
+# The one of `Training.kinds` whose loss has the balance losses in it.
+BALANCE = "balance losses"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +55,7 @@ class Training:
 
     config:        transformers config of the model; `reference_model` builds it.
     batches:       global micro-batches of each optimizer step, as `random_batch` makes them.
+    kinds:         global batches by name, each of which is answered by itself before the first step.
     clip_norm:     None does not clip.
     reshard:       save a checkpoint at the end, load it into another layout and compare.
     router_losses: add the balance losses, each micro-batch's by its share of the tokens. Not part of what
@@ -50,6 +64,7 @@ class Training:
 
     config: Any
     batches: Sequence[Mapping[str, Tensor]]
+    kinds: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     steps: int = 3
     learning_rate: float = 1e-2
     weight_decay: float = 0.1
@@ -60,7 +75,7 @@ class Training:
     @property
     def tokens(self) -> int:
         """Labels that count in one optimizer step."""
-        return sum(int((batch["labels"][:, 1:] != IGNORED_LABEL).sum()) for batch in self.batches)
+        return sum(counted_tokens(batch) for batch in self.batches)
 
 
 @dataclass
@@ -68,11 +83,14 @@ class ShardedRun:
     """One rank's view of a sharded run; everything is gathered, so that it compares with one process.
 
     fields as in ReferenceStep; logits are those of this data rank's rows, `rows` says which (first, last)
-    of each micro-batch. resharded: with Training.reshard, the worst relative difference of weights and optimizer
-    states that came back in another layout, and where. tokens_per_expert: [layers, experts], summed over all
-    ranks, of the first step.
+    of each micro-batch.
+    kinds:             answers for Training.kinds, their logits of this data rank's rows.
+    resharded:         with Training.reshard, the worst relative difference of weights and optimizer states that came
+                       back in another layout, and where.
+    tokens_per_expert: [layers, experts], summed over all ranks, of the first step.
     """
 
+    kinds: dict[str, BatchAnswer] = field(default_factory=dict)
     rows: list[tuple[int, int]] = field(default_factory=list)
     losses: list[Tensor] = field(default_factory=list)
     logits: list[Tensor] = field(default_factory=list)
@@ -110,10 +128,12 @@ def sharded_model(
     dtype: torch.dtype | None = None,
     families: Sequence[ModelFamily] = (),
     device: torch.device = CPU,
+    chosen: kernels.Kernels | None = None,
 ) -> tuple[Any, Meshes]:
     """The reference model converted for `layout`; every rank of the default group calls it.
 
-    dtype: None keeps float64. families: beside the built-in ones. device: of this rank.
+    dtype: None keeps float64. families: beside the built-in ones. device: of this rank. chosen: other kernels than
+    those of the device.
     """
     # Other weights on the other ranks: rank 0's must reach them.
     model = reference_model(config, seed=0 if dist.get_rank() == 0 else 99)
@@ -122,7 +142,7 @@ def sharded_model(
         model,
         meshes=meshes,
         groups=Groups(meshes),
-        kernels=kernels.select(device.type),
+        kernels=chosen or kernels.select(device.type),
         device=device,
         families=families,
         dtype=dtype,
@@ -139,7 +159,7 @@ def own_rows(batch: Mapping[str, Tensor], rank: int, ranks: int) -> tuple[tuple[
 
 
 def train_alone(training: Training) -> ReferenceStep:
-    """The same training by transformers itself, in this process and in float64."""
+    """The training by transformers itself, without any sharding, in this process and in float64."""
     return reference_step(
         reference_model(training.config),
         training.batches,
@@ -164,32 +184,63 @@ def train_sharded(
     """Train on this rank's part of `layout`; see `Training`, `ShardedRun` and `sharded_model`."""
     # It says of every gathered parameter that two gathers are slower than one; nothing here is in a hurry.
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
-    model, meshes = sharded_model(training.config, layout, options, dtype=dtype, families=families, device=device)
+    seen: Counter[str] = Counter()
+    model, meshes = sharded_model(
+        training.config,
+        layout,
+        options,
+        dtype=dtype,
+        families=families,
+        device=device,
+        chosen=_watched(kernels.select(device.type), seen),
+    )
+    for module in model.modules():
+        if isinstance(module, ShardedDecoder):
+            module.register_forward_hook(partial(_note_slices, seen), with_kwargs=True)
     parameters = dict(model.named_parameters())
     optimizer = _optimizer(model, training)
     run, blocks = ShardedRun(), moe_blocks(model)
     wide = torch.float64 if "64-true" in devices.supported_precisions(device.type) else torch.float32
+
+    def backward(batch: Mapping[str, Tensor], tokens: int, balance: bool) -> tuple[Tensor, Tensor]:
+        """This data rank's part of a batch: its loss, of which the mean over data ranks is the whole, and logits."""
+        _, mine = own_rows(batch, rank // layout.tensor, layout.data)
+        mine = {name: value.to(device) for name, value in mine.items()}
+        # Gradients are averaged over the data ranks.
+        output = model(**mine, num_items_in_batch=tokens / layout.data, gather_logits=True)
+        calls = seen.total()
+        total = output.loss
+        if balance and output.aux_loss is not None:
+            total = total + output.aux_loss * counted_tokens(mine) / (tokens / layout.data)
+        total.backward()
+        if seen.total() > calls:
+            seen["recomputed"] += 1
+        return total.detach().to(wide), output.logits.detach().cpu()
+
+    def over_data(loss: Tensor) -> Tensor:
+        if layout.data > 1:
+            dist.all_reduce(loss, group=meshes.data_group)
+        return (loss / layout.data).cpu()
+
+    for name, batch in training.kinds.items():
+        seen.clear()
+        reduce_gradients(model, True)
+        loss, logits = backward(batch, counted_tokens(batch), name == BALANCE)
+        gradients = {parameter: whole(gradient(p)).clone() for parameter, p in parameters.items()}
+        run.kinds[name] = BatchAnswer(over_data(loss), logits, gradients, frozenset(seen))
+        optimizer.zero_grad()
+    clear_pending(blocks)
     for step in range(training.steps):
         optimizer.zero_grad()
         loss = torch.zeros((), dtype=wide, device=device)
         for number, batch in enumerate(training.batches):
-            rows, mine = own_rows(batch, rank // layout.tensor, layout.data)
-            mine = {name: value.to(device) for name, value in mine.items()}
             reduce_gradients(model, number == len(training.batches) - 1)
-            # Gradients are averaged over the data ranks.
-            output = model(**mine, num_items_in_batch=training.tokens / layout.data, gather_logits=True)
-            total = output.loss
-            if training.router_losses and output.aux_loss is not None:
-                tokens = (mine["labels"][:, 1:] != IGNORED_LABEL).sum()
-                total = total + output.aux_loss * tokens / (training.tokens / layout.data)
-            total.backward()
-            loss += total.detach() / layout.data
+            part, logits = backward(batch, training.tokens, training.router_losses)
+            loss += part
             if step == 0:
-                run.rows.append(rows)
-                run.logits.append(output.logits.detach().cpu())
-        if layout.data > 1:
-            dist.all_reduce(loss, group=meshes.data_group)
-        run.losses.append(loss.cpu())
+                run.rows.append(own_rows(batch, rank // layout.tensor, layout.data)[0])
+                run.logits.append(logits)
+        run.losses.append(over_data(loss))
         if step == 0:
             run.gradients = {name: whole(gradient(p)).clone() for name, p in parameters.items()}
             run.grad_norm = total_grad_norm(list(parameters.values())).cpu()
@@ -207,6 +258,22 @@ def train_sharded(
         run.resharded = _through_a_checkpoint(model, optimizer, copy, _optimizer(copy, training))
     dist.barrier()
     return run
+
+
+def _note_slices(seen: Counter[str], _: Any, arguments: Any, keywords: dict[str, Any], output: Any) -> None:
+    """Note "sliced" where a decoder's result is a part of the sequences that went in."""
+    if output.last_hidden_state.shape[1] < keywords["input_ids"].shape[1]:
+        seen["sliced"] += 1
+
+
+def _watched(chosen: kernels.Kernels, seen: Counter[str]) -> kernels.Kernels:
+    """The same kernels; attention notes in `seen` whether it was "causal" (without a mask) or "masked"."""
+
+    def attend(*tensors: Tensor, mask: Tensor | None, **settings: Any) -> Tensor:
+        seen["causal" if mask is None else "masked"] += 1
+        return chosen.attend(*tensors, mask=mask, **settings)
+
+    return replace(chosen, attend=attend)
 
 
 def _optimizer(model: Any, training: Training) -> torch.optim.AdamW:
@@ -283,11 +350,30 @@ def compare(run: ShardedRun, expected: ReferenceStep | ShardedRun, training: Tra
     for step, (actual, wanted) in enumerate(zip(run.losses, expected.losses, strict=True)):
         differences[f"loss of step {step}"] = relative_difference(actual, wanted)
     for index, (actual, wanted, batch) in enumerate(zip(run.logits, expected.logits, training.batches, strict=True)):
-        first, last = run.rows[index]
-        seen = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()[first:last]
-        differences[f"logits {index}"] = relative_difference(actual[seen], wanted[first:last][seen])
+        differences[f"logits {index}"] = _logits_difference(actual, wanted, batch, run.rows[index])
     for name, wanted in expected.gradients.items():
         differences[f"gradient of {name}"] = relative_difference(run.gradients[name], wanted)
     for name, wanted in expected.parameters.items():
         differences[f"{name} after {training.steps} steps"] = relative_difference(run.parameters[name], wanted)
+    return differences
+
+
+def _logits_difference(actual: Tensor, wanted: Tensor, batch: Mapping[str, Tensor], rows: tuple[int, int]) -> float:
+    """actual: a data rank's `rows` (first, last) of `wanted`; padding is left out of the comparison."""
+    first, last = rows
+    seen = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()[first:last]
+    return relative_difference(actual[seen], wanted[first:last][seen])
+
+
+def compare_kind(
+    actual: BatchAnswer, wanted: BatchAnswer, batch: Mapping[str, Tensor], data_rank: int, data_ranks: int
+) -> dict[str, float]:
+    """Relative difference of a rank's answer for one batch of `Training.kinds` to one process's, by what it is."""
+    rows, _ = own_rows(batch, data_rank, data_ranks)
+    differences = {
+        "loss": relative_difference(actual.loss, wanted.loss),
+        "logits": _logits_difference(actual.logits, wanted.logits, batch, rows),
+    }
+    for name, gradient_of in wanted.gradients.items():
+        differences[f"gradient of {name}"] = relative_difference(actual.gradients[name], gradient_of)
     return differences

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from lightning_npu_tp.kernels import select
 from lightning_npu_tp.models.moe.balance import batch_balance_loss, router_z_loss, sequence_balance_loss
 from lightning_npu_tp.models.moe.block import MoEBlock
+from lightning_npu_tp.parallel.forward_pass import ForwardPass
 
 LOSSES = {"sequence": sequence_balance_loss, "batch": batch_balance_loss}
 ALPHA = 0.01
@@ -103,36 +104,36 @@ def block(**settings) -> MoEBlock:
     return made
 
 
+def run(moe, x, mask=None):
+    """The block's output and its balance losses, as the model around it would get them."""
+    step = ForwardPass(moe.region, mask)
+    return moe(x, step), step.balance_losses
+
+
 @pytest.mark.parametrize("seq_aux", [True, False])
 def test_the_block_hands_over_alpha_times_the_loss_of_its_own_routing(seq_aux):
     moe, x = block(seq_aux=seq_aux), torch.randn(2, 5, 8, dtype=torch.float64)
     mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
-    moe(x, token_mask=mask)
+    _, (loss,) = run(moe, x, mask)
     routing = moe.gate(x.flatten(0, 1))
     scores, experts = routing.scores_TE.view(2, 5, 4), routing.experts_TK.view(2, 5, 2)
     expected = by_definition(scores, experts, mask.bool(), per_sequence=seq_aux)
-    torch.testing.assert_close(moe.aux_loss, ALPHA * expected)
-    moe.token_mask = mask
-    moe(x)
-    torch.testing.assert_close(moe.aux_loss, ALPHA * expected)
+    torch.testing.assert_close(loss, ALPHA * expected)
 
 
 def test_there_is_no_auxiliary_loss_in_evaluation_nor_without_alpha():
     moe, x = block(), torch.randn(1, 5, 8, dtype=torch.float64)
-    moe(x)
-    assert moe.aux_loss is not None
-    moe.eval()(x)
-    assert moe.aux_loss is None
+    assert len(run(moe, x)[1]) == 1
+    assert run(moe.eval(), x)[1] == []
     moe.train().aux_loss_alpha = 0.0
-    moe(x)
-    assert moe.aux_loss is None
+    assert run(moe, x)[1] == []
 
 
 def test_it_reaches_the_router_and_the_tokens_with_the_scale_of_the_loss():
     moe, x = block(), torch.randn(1, 5, 8, dtype=torch.float64, requires_grad=True)
-    moe(x)
-    full = torch.autograd.grad(moe.aux_loss, (moe.gate.weight, x), retain_graph=True)
-    quarter = torch.autograd.grad(moe.aux_loss / 4, (moe.gate.weight, x))
+    _, (loss,) = run(moe, x)
+    full = torch.autograd.grad(loss, (moe.gate.weight, x), retain_graph=True)
+    quarter = torch.autograd.grad(loss / 4, (moe.gate.weight, x))
     for got, wanted in zip(quarter, full, strict=True):
         assert wanted.any()
         torch.testing.assert_close(4 * got, wanted)
@@ -141,18 +142,22 @@ def test_it_reaches_the_router_and_the_tokens_with_the_scale_of_the_loss():
 def test_activation_checkpointing_keeps_its_gradient():
     moe, x = block(), torch.randn(1, 5, 8, dtype=torch.float64, requires_grad=True)
     gradients = []
-    for run in (moe, lambda hidden: checkpoint(moe, hidden, use_reentrant=False)):
-        y = run(x)
-        loss = y.square().sum() + 100 * moe.aux_loss
+    for forward in (moe, lambda hidden, step: checkpoint(moe, hidden, step, use_reentrant=False)):
+        step = ForwardPass(moe.region)
+        y = forward(x, step)
+        loss = y.square().sum() + 100 * sum(step.balance_losses)
         gradients.append(torch.autograd.grad(loss, (x, *moe.parameters())))
     for plain, recomputed in zip(*gradients, strict=True):
         torch.testing.assert_close(recomputed, plain)
 
 
-def test_a_block_can_be_copied_and_saved_in_the_middle_of_a_step():
+def test_a_block_holds_nothing_of_a_step_but_its_counts_and_a_copy_not_even_those():
     moe, x = block(), torch.randn(1, 5, 8, dtype=torch.float64)
-    y = moe(x, token_mask=torch.ones(1, 5))
+    before = set(vars(moe))
+    y, losses = run(moe, x, torch.ones(1, 5))
+    held = {name for name, value in vars(moe).items() if isinstance(value, torch.Tensor)}
+    assert losses and set(vars(moe)) == before and held == {"tokens_per_expert", "pending_tokens_per_expert"}
     twin = copy.deepcopy(moe)
-    assert twin.aux_loss is None and moe.aux_loss is not None
+    assert twin.tokens_per_expert is None and twin.pending_tokens_per_expert is None
     assert torch.equal(twin(x), y)
     torch.save(moe, io.BytesIO())

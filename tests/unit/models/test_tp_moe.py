@@ -25,6 +25,7 @@ from lightning_npu_tp.models.moe.block import MoEBlock
 from lightning_npu_tp.models.moe.experts import RoutedExperts
 from lightning_npu_tp.models.moe.router import TopKRouter
 from lightning_npu_tp.parallel.collectives import start_exchange
+from lightning_npu_tp.parallel.forward_pass import ForwardPass
 from lightning_npu_tp.parallel.layout import Groups, Layout, Meshes
 from lightning_npu_tp.tools.testing.models import random_batch, reference_model, tiny_deepseek_v2_config
 from lightning_npu_tp.tools.testing.operators import CountOperators
@@ -150,14 +151,16 @@ def test_auxiliary_loss():
         reference = reference_block()
     block = block_like(reference, aux_loss_alpha=0.01)
     x = torch.randn(3, 7, HIDDEN, dtype=torch.float64)
-    output = block(x)
+    step = ForwardPass(block.region)
+    output = block(x, step)
+    (aux_loss,) = step.balance_losses
     scores = (x.flatten(0, 1) @ block.gate.weight.t()).softmax(-1)
     picked = scores.topk(TOP_K).indices.view(3, -1)
     counts = torch.stack([torch.bincount(row, minlength=NUM_EXPERTS) for row in picked]).double()
     share = counts / (7 * TOP_K / NUM_EXPERTS)
     expected = 0.01 * (share * scores.view(3, 7, -1).mean(1)).sum(1).mean()
-    assert_close_relative(block.aux_loss, expected, EXACT, "auxiliary loss")
-    expected_grad, grad = (torch.autograd.grad(loss, block.gate.weight)[0] for loss in (expected, block.aux_loss))
+    assert_close_relative(aux_loss, expected, EXACT, "auxiliary loss")
+    expected_grad, grad = (torch.autograd.grad(loss, block.gate.weight)[0] for loss in (expected, aux_loss))
     assert_close_relative(grad, expected_grad, EXACT, "gradient of the auxiliary loss")
     # It stands beside the output, never in it: transformers computes none.
     assert torch.equal(output, block_like(reference, aux_loss_alpha=0.0)(x))
@@ -365,8 +368,9 @@ def test_no_dynamic_operators(overrides, dtype):
     block = block_like(reference, overrides, aux_loss_alpha=0.01).to(dtype)
     x, mask = torch.randn(2, 5, HIDDEN, dtype=dtype, requires_grad=True), torch.ones(2, 5)
     with CountOperators() as operators:
-        output = block(x, token_mask=mask)
-        (output.sum() + block.aux_loss).backward()
+        step = ForwardPass(block.region, mask)
+        output = block(x, step)
+        (output.sum() + sum(step.balance_losses)).backward()
     assert not operators.found(), "\n".join(map(str, operators.found()))
     assert not any("one_hot" in name for name in operators.counts)
     # The count works: the CPU's own kernels do read counts.

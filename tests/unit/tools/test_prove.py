@@ -31,7 +31,9 @@ from lightning_npu_tp.tools import check_folder
 from lightning_npu_tp.tools import prove as proving
 from lightning_npu_tp.tools.cli import app
 from lightning_npu_tp.tools.model_config import read_model_config
-from lightning_npu_tp.tools.prove import BOUNDS, Check, Proof, Worst, check_layout, load_families, uneven_batches
+from lightning_npu_tp.tools.proof import Check, Proof, Worst
+from lightning_npu_tp.tools.proof_batches import KINDS, kind_batches, not_compared, uneven_batches
+from lightning_npu_tp.tools.prove import BOUNDS, check_layout, load_families
 from lightning_npu_tp.tools.small_model import shrink, smaller
 from lightning_npu_tp.tools.testing.models import reference_model, tiny_deepseek_v2_config
 
@@ -120,6 +122,32 @@ def test_batches_divide_by_nothing() -> None:
         assert first[0] >= layout.data and first != second
         assert layout.data == 1 or first[0] % layout.data
         assert layout.tensor == 1 or (first[1] % layout.tensor and second[1] % layout.tensor)
+
+
+def test_each_kind_of_batch_is_what_its_name_says() -> None:
+    layout = Layout(1, 4, 4)
+    batches = kind_batches(tiny_deepseek_v2_config(), layout, balance=True)
+    assert batches.keys() == KINDS.keys() and "balance losses" not in kind_batches(
+        tiny_deepseek_v2_config(), layout, balance=False
+    )
+    assert {kind for kind, batch in batches.items() if "attention_mask" in batch} == {"right padding", "left padding"}
+    right, left = batches["right padding"], batches["left padding"]
+    assert right["attention_mask"][:, 0].all() and not right["attention_mask"][:, -1].any()
+    assert left["attention_mask"][:, -1].all() and not left["attention_mask"][:, 0].any()
+    # Padding predicts nothing, on either side.
+    assert not (left["labels"][:, 1:] != -100)[left["attention_mask"][:, :-1] == 0].any()
+    starts = batches["packed documents"]["position_ids"] == 0
+    assert (starts.sum(1) == 3).all() and not torch.equal(starts[0], starts[1])
+    lengths = {kind: batch["input_ids"].shape[1] % layout.tensor for kind, batch in batches.items()}
+    assert lengths.pop("packed documents") == 0 and all(lengths.values())
+
+
+def test_what_is_left_out_is_told_with_the_reason() -> None:
+    config = tiny_deepseek_v2_config(attention_dropout=0.1, seq_aux=False)
+    dropout, balance = not_compared(config, Layout(2, 1, 2))
+    assert dropout.startswith("attention_dropout=0.1 is left out: each tensor rank draws")
+    assert balance.startswith("the balance loss with seq_aux=False")
+    assert not_compared(tiny_deepseek_v2_config(seq_aux=False), Layout(1, 2, 2)) == []
 
 
 @pytest.mark.parametrize(
