@@ -37,8 +37,8 @@ from torch.distributed.tensor import DTensor
 from lightning_npu_tp import NPUTensorParallelStrategy
 from lightning_npu_tp.tools.testing.models import tiny_config
 from lightning_npu_tp.tools.testing.ranks import RankPool
-from lit_models.data import TextDataModule
 from lit_models.causal_lm import LitCausalLM
+from lit_models.data import TextDataModule
 
 Sizes = tuple[int, int, int]
 # data, tensor, expert

@@ -11,19 +11,17 @@ environment variable set. Where torch_npu keeps torch from being imported, the e
 
 from typing import TYPE_CHECKING
 
+from lightning_npu_tp.devices.lazy_names import lazy_names
 from lightning_npu_tp.errors import (
     CheckpointError,
-    CommunicationError,
     ConfigError,
     ConversionError,
     CountMismatch,
     DataError,
     DeviceError,
-    DeviceFault,
     LightningNPUTPError,
     RankFailure,
 )
-from lightning_npu_tp.lazy_names import lazy_names
 from lightning_npu_tp.trainer.registration import register_with_lightning
 
 if TYPE_CHECKING:
@@ -38,13 +36,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CheckpointError",
-    "CommunicationError",
     "ConfigError",
     "ConversionError",
     "CountMismatch",
     "DataError",
     "DeviceError",
-    "DeviceFault",
     "HcclSettings",
     "LightningNPUTPError",
     "ModelFamily",

@@ -6,7 +6,7 @@ loss_curve.py         LossCurve             a PNG of the losses at the end
 loss_free_balance.py  LossFreeBalance       moves the routers' selection bias after each optimizer step
 expert_load.py        ExpertLoadMonitor     logs expert_load/…, a PNG of tokens per expert and layer
 nonfinite.py          NonFiniteGuard        refuses steps with a NaN or infinite loss or gradient
-export.py             ExportAtEnd           the trained model as a Hugging Face folder
+export_at_end.py      ExportAtEnd           the trained model as a Hugging Face folder
 warmup.py             Warmup                communicators and operators made before step 0
 """
 

@@ -6,7 +6,7 @@ The names below are what a `ModelFamily` of your own is made of: rules for its p
 
 from typing import TYPE_CHECKING
 
-from lightning_npu_tp.lazy_names import lazy_names
+from lightning_npu_tp.devices.lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from lightning_npu_tp.models.families.family import BuildContext, ModelFamily
