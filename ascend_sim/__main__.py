@@ -43,9 +43,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 # Python and torch are not instrumented: their leaks, and what they do without a lock that is seen, are not looked for.
+# Faults are left to the simulator's own handler and to faulthandler.
 _SANITIZER_OPTIONS = {
-    "ASAN_OPTIONS": "detect_leaks=0:alloc_dealloc_mismatch=0",
-    "TSAN_OPTIONS": "ignore_noninstrumented_modules=1:report_signal_unsafe=0:second_deadlock_stack=1",
+    "ASAN_OPTIONS": "detect_leaks=0:alloc_dealloc_mismatch=0:handle_segv=0",
+    "TSAN_OPTIONS": "ignore_noninstrumented_modules=1:report_signal_unsafe=0:handle_segv=0",
 }
 
 

@@ -82,6 +82,21 @@ void hand_on(int signal, siginfo_t* info, void* context) {
   handing_on = 0;
 }
 
+// Whether the access that faulted was a write, as the processor says.
+bool was_write(void* context) {
+  auto& machine = static_cast<ucontext_t*>(context)->uc_mcontext;
+#ifdef __x86_64__
+  return machine.gregs[REG_ERR] & 2;
+#else
+  // aarch64: bit 6 of the syndrome, which is one of the records behind the registers.
+  auto* record = reinterpret_cast<_aarch64_ctx*>(machine.__reserved);
+  while (record->magic && record->magic != ESR_MAGIC) {
+    record = reinterpret_cast<_aarch64_ctx*>(reinterpret_cast<char*>(record) + record->size);
+  }
+  return record->magic && (reinterpret_cast<esr_context*>(record)->esr >> 6 & 1);
+#endif
+}
+
 // Runs on the alternate stack of the thread that faults, where it has one. Python's faulthandler gives the main thread
 // as little as 8 KiB and a signal frame, in the middle of its heap: whoever needs more writes over other objects, and
 // the process dies much later. So nothing here may use a stream of stdio, whose buffer for stderr alone is 8 KiB.
@@ -98,7 +113,7 @@ void on_fault(int signal, siginfo_t* info, void* context) {
       return;
     }
     Block& block = found->second;
-    bool writes = static_cast<ucontext_t*>(context)->uc_mcontext.gregs[REG_ERR] & 2;
+    bool writes = was_write(context);
     auto hit = std::find_if(block.guards.begin(), block.guards.end(), [&](const Guard& guard) {
       return guard.begin <= address && address < guard.end && (writes || guard.device_writes);
     });
