@@ -13,13 +13,15 @@ NPU_STAMP := $(NPU_VENV)/.installed
 # What torch_npu says or does only once in a process must not have happened before: a session of their own.
 FIRST := tests/sim/test_operator_table.py tests/sim/test_opinfo.py
 SIMULATED := tests/sim tests/hardware $(FIRST:%=--ignore=%)
+SANITIZED := $(patsubst %,tests/sim/test_%.py,streams runtime faults hccl hccl_failures hccl_parallel hccl_process_group \
+	operators operators_device launch_queue train train_families train_streams)
 
 # Most tests are busy with one core. A file stays with one worker, which starts its ranks once; `make test JOBS=4` where
 # there are the cores and 12 GB of memory.
 JOBS ?= 2
 WORKERS := -n $(JOBS) --dist loadfile
 
-.PHONY: install install-npu train test test-sim test-npu lint bench clean
+.PHONY: install install-npu train test test-sim test-sanitized test-npu lint bench clean
 
 install: $(STAMP)
 
@@ -64,7 +66,17 @@ test-sim: $(NPU_STAMP)
 	@if [ -f $(NPU_VENV)/absent ]; then echo "skipped: $$(cat $(NPU_VENV)/absent)"; \
 		elif [ -n "$(strip $(ARGS))" ]; then $(NPU_RUN) -m ascend_sim run -n 4 -- -m pytest $(ARGS); \
 		else $(NPU_RUN) -m ascend_sim run -n 4 -- -m pytest $(FIRST); first=$$?; \
-		$(NPU_RUN) -m ascend_sim run -n 4 -- -m pytest $(SIMULATED); second=$$?; exit $$((first ? first : second)); fi
+		$(NPU_RUN) -m ascend_sim run -n 4 -- -m pytest $(WORKERS) $(SIMULATED); second=$$?; \
+		exit $$((first ? first : second)); fi
+
+# Nightly, for hours: the files that exercise the simulator's own code, with its libraries under AddressSanitizer, then
+# ThreadSanitizer. Any process's finding fails it, also one that the tests outlive.
+test-sanitized: $(NPU_STAMP)
+	@rm -rf build/sanitized; failed=0; for kind in address thread; do \
+		log=$(CURDIR)/build/sanitized/$$kind; mkdir -p $$log; \
+		ASAN_OPTIONS="$$ASAN_OPTIONS:log_path=$$log/finding" TSAN_OPTIONS="$$TSAN_OPTIONS:log_path=$$log/finding" \
+		$(NPU_RUN) -m ascend_sim run --sanitize $$kind -n 4 -- -m pytest -o timeout=3600 $(or $(ARGS),$(SANITIZED)) || failed=1; \
+		cat $$log/* 2>/dev/null && failed=1; done; exit $$failed
 
 # The same assertions on the cards of this machine; DEVICE=cuda for those.
 test-npu: $(if $(filter cuda,$(DEVICE)),$(STAMP),$(NPU_STAMP))

@@ -28,6 +28,9 @@ RUNTIME = ("order", "device", "stream", "memory", "pinned", "legacy", "faults", 
 # Their functions live in libascendcl.so; torch_npu looks some of them up through these names.
 ALIASES = ("acl_op_compiler", "ge_runner", "graph", "acl_tdt_channel")
 FLAGS = ("-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas")
+# Set by `--sanitize`, and inherited: the libraries are then built with it, beside those without.
+SANITIZE = "ASCEND_SIM_SANITIZE"
+SANITIZERS = {"address": "libasan.so", "thread": "libtsan.so"}
 
 
 class BuildError(RuntimeError):
@@ -76,6 +79,26 @@ def find_compiler() -> str:
     )
 
 
+def sanitized() -> list[str]:
+    """Flags of the compiler and the linker for the sanitizer of the environment; none where there is none."""
+    kind = os.environ.get(SANITIZE)
+    if kind and kind not in SANITIZERS:
+        raise BuildError(f"{SANITIZE}={kind} is no sanitizer of the simulator. Choose one of {', '.join(SANITIZERS)}.")
+    return [f"-fsanitize={kind}", "-fno-omit-frame-pointer", "-g"] if kind else []
+
+
+def preloads(kind: str) -> str:
+    """What LD_PRELOAD has to name for a sanitizer: its library, and the one whose exceptions it looks at."""
+    compiler = find_compiler()
+    names = (SANITIZERS[kind], "libstdc++.so")
+    found = [_run([compiler, f"-print-file-name={name}"]).strip() for name in names]
+    if not all(map(os.path.isabs, found)):
+        raise BuildError(
+            f"{compiler} has no {' or no '.join(names)} for --sanitize {kind}. Use g++: set CXX to its path."
+        )
+    return " ".join(map(os.path.realpath, found))
+
+
 def package(name: str) -> Path:
     """The folder of an installed package, which is not imported."""
     spec = importlib.util.find_spec(name)
@@ -94,7 +117,8 @@ def key(compiler: str, torch: Path, torch_npu: Path) -> str:
     """A name for what is built here: it changes with everything that the result depends on."""
     digest = hashlib.sha256()
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
-    for part in (compiler, version, torch, torch_npu, *map(importlib.metadata.version, ("torch", "torch_npu"))):
+    versions = map(importlib.metadata.version, ("torch", "torch_npu"))
+    for part in (compiler, version, torch, torch_npu, *versions, *sanitized()):
         digest.update(f"{part}\n".encode())
     for source in [Path(__file__), *sorted(SOURCES.iterdir())]:
         if source.suffix in (".py", ".cpp", ".h"):
@@ -119,7 +143,7 @@ def _build(compiler: str, torch: Path, torch_npu: Path, folder: Path) -> None:
         objects.mkdir(exist_ok=True)
 
         def compile_(name: str, *flags: str) -> Path:
-            command = [compiler, *FLAGS, *flags, "-c", str(SOURCES / f"{name}.cpp")]
+            command = [compiler, *FLAGS, *flags, *sanitized(), "-c", str(SOURCES / f"{name}.cpp")]
             # Objects are kept, so that a change of one source does not compile torch's headers anew.
             target = objects / f"{name}-{_object_key(name, command)}.o"
             if not target.exists():
@@ -129,7 +153,8 @@ def _build(compiler: str, torch: Path, torch_npu: Path, folder: Path) -> None:
             return target
 
         def link(name: str, *parts: str | Path) -> None:
-            _run([compiler, "-shared", f"-Wl,-soname,lib{name}.so", *map(str, parts), "-o", str(out / f"lib{name}.so")])
+            soname = f"-Wl,-soname,lib{name}.so"
+            _run([compiler, "-shared", *sanitized(), soname, *map(str, parts), "-o", str(out / f"lib{name}.so")])
 
         # The two that include torch take most of the time, and start first.
         with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
@@ -159,7 +184,7 @@ def _object_key(name: str, command: list[str]) -> str:
     return digest.hexdigest()[:20]
 
 
-def _run(command: list[str]) -> None:
+def _run(command: list[str]) -> str:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         if "No space left" in done.stderr:
@@ -168,3 +193,4 @@ def _run(command: list[str]) -> None:
             f"ascend_sim does not compile here; `{' '.join(command)}` ended with {done.returncode}:\n"
             f"{done.stderr[-4000:]}"
         )
+    return done.stdout

@@ -15,10 +15,10 @@ thread_local int device_of_thread = -1;
 thread_local std::string error_text;
 std::atomic<bool> initialised{false};
 std::atomic<bool> active[kMaxDevices];
+// One for each device, which its place tells.
 struct Context {
-  int device;
 } contexts[kMaxDevices];
-int64_t system_parameters[64];
+std::atomic<int64_t> system_parameters[64];
 
 // Cores of a 910B3: what torch_npu asks for; nothing here computes with them.
 constexpr int kCubeCores = 20;
@@ -160,7 +160,6 @@ ASCEND_SIM_API int aclrtSetDevice(int32_t device) {
   }
   use_device(device);
   active[device] = true;
-  contexts[device].device = device;
   return kOk;
 }
 
@@ -184,7 +183,7 @@ ASCEND_SIM_API int aclrtGetCurrentContext(void** context) {
 
 ASCEND_SIM_API int aclrtSetCurrentContext(void* context) {
   if (!context) return kBadParam;
-  use_device(static_cast<Context*>(context)->device);
+  use_device(static_cast<int>(static_cast<Context*>(context) - contexts));
   return kOk;
 }
 

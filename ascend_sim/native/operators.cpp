@@ -375,8 +375,9 @@ void copy(const OperatorHandle& op, DispatchKeySet keys, Stack* stack) {
   ascend_sim_count_operator("aten::copy_");
   bool non_blocking = torch::jit::peek(*stack, 2, 3).toBool();
   auto plain = [](const at::Tensor& tensor) { return tensor.is_contiguous() && !tensor.is_conj() && !tensor.is_neg(); };
+  // Lives until the launch queue, which knows only its address, has handed the copy over.
+  at::Tensor bytes = source;
   if (on_npu(self)) {
-    at::Tensor bytes = source;
     if (source.scalar_type() != self.scalar_type() || source.sizes() != self.sizes() || !plain(source)) {
       bytes = source.to(self.scalar_type()).expand(self.sizes()).resolve_conj().resolve_neg().contiguous();
     }
@@ -385,7 +386,7 @@ void copy(const OperatorHandle& op, DispatchKeySet keys, Stack* stack) {
     own_kernels().at("aten::copy_").callBoxed(op, keys, &call);
     if (!target.is_same(self)) self.copy_(target);
   } else {
-    at::Tensor bytes = plain(source) ? source : source.resolve_conj().resolve_neg().contiguous();
+    if (!plain(source)) bytes = source.resolve_conj().resolve_neg().contiguous();
     bool direct = bytes.scalar_type() == self.scalar_type() && bytes.sizes() == self.sizes() && plain(self);
     at::Tensor target = direct ? self : at::empty(bytes.sizes(), bytes.options().device(c10::kCPU));
     Stack call{target, bytes, non_blocking && direct};

@@ -1,6 +1,8 @@
 // See order.h. One lock guards all of it; a check costs a few hundred nanoseconds.
 #include "order.h"
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <atomic>
 #include <cstdio>
@@ -208,7 +210,9 @@ void set_checking(bool on) {
 }
 
 void report_misuse(const std::string& text) {
-  std::fprintf(stderr, "ascend_sim: stream misuse: %s.\n", text.c_str());
+  // Also called by the handler of pinned memory, which has no room for stdio.
+  std::string line = "ascend_sim: stream misuse: " + text + ".\n";
+  [[maybe_unused]] auto written = write(STDERR_FILENO, line.data(), line.size());
   ascend_sim_count("stream_misuse", 1);
   std::lock_guard<std::mutex> lock(misuse_mutex);
   if (misuses.size() < 100) misuses.push_back(text);

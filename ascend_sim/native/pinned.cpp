@@ -64,29 +64,56 @@ void protect(char* begin, const Block& block) {
   }
 }
 
+// A fault that is none of ours. A handler that was installed after ours may raise the signal again and so come back
+// here (Python's faulthandler does): the second time it ends the process the usual way.
 void hand_on(int signal, siginfo_t* info, void* context) {
-  if (previous.sa_flags & SA_SIGINFO) {
-    previous.sa_sigaction(signal, info, context);
-  } else if (previous.sa_handler == SIG_DFL || previous.sa_handler == SIG_IGN) {
-    // The access happens again and ends the process the usual way.
+  static std::atomic<pid_t> handing_on{0};
+  bool again = handing_on.exchange(gettid()) == gettid();
+  if (again || (!(previous.sa_flags & SA_SIGINFO) &&
+                (previous.sa_handler == SIG_DFL || previous.sa_handler == SIG_IGN))) {
     ::signal(signal, SIG_DFL);
+    // An access happens again; what was sent does not.
+    if (info->si_code <= 0) raise(signal);
+  } else if (previous.sa_flags & SA_SIGINFO) {
+    previous.sa_sigaction(signal, info, context);
   } else {
     previous.sa_handler(signal);
   }
+  handing_on = 0;
 }
 
+// Whether the access that faulted was a write, as the processor says.
+bool was_write(void* context) {
+  auto& machine = static_cast<ucontext_t*>(context)->uc_mcontext;
+#ifdef __x86_64__
+  return machine.gregs[REG_ERR] & 2;
+#else
+  // aarch64: bit 6 of the syndrome, which is one of the records behind the registers.
+  auto* record = reinterpret_cast<_aarch64_ctx*>(machine.__reserved);
+  while (record->magic && record->magic != ESR_MAGIC) {
+    record = reinterpret_cast<_aarch64_ctx*>(reinterpret_cast<char*>(record) + record->size);
+  }
+  return record->magic && (reinterpret_cast<esr_context*>(record)->esr >> 6 & 1);
+#endif
+}
+
+// Runs on the alternate stack of the thread that faults, where it has one. Python's faulthandler gives the main thread
+// as little as 8 KiB and a signal frame, in the middle of its heap: whoever needs more writes over other objects, and
+// the process dies much later. So nothing here may use a stream of stdio, whose buffer for stderr alone is 8 KiB.
 void on_fault(int signal, siginfo_t* info, void* context) {
   auto* address = static_cast<char*>(info->si_addr);
   std::string text;
   {
-    std::lock_guard<std::mutex> lock(mutex);
-    auto found = block_of(address);
+    std::unique_lock<std::mutex> lock(mutex);
+    // What kill() sends has no address.
+    auto found = info->si_code > 0 ? block_of(address) : blocks.end();
     if (found == blocks.end()) {
+      lock.unlock();
       hand_on(signal, info, context);
       return;
     }
     Block& block = found->second;
-    bool writes = static_cast<ucontext_t*>(context)->uc_mcontext.gregs[REG_ERR] & 2;
+    bool writes = was_write(context);
     auto hit = std::find_if(block.guards.begin(), block.guards.end(), [&](const Guard& guard) {
       return guard.begin <= address && address < guard.end && (writes || guard.device_writes);
     });

@@ -74,6 +74,7 @@ void work_off(Stream* stream) {
   }
 }
 
+// The stream itself stays: another thread may be synchronising the device.
 void end_stream(Stream* stream, bool finish) {
   {
     std::lock_guard<std::mutex> lock(streams_mutex);
@@ -84,11 +85,9 @@ void end_stream(Stream* stream, bool finish) {
     stream->stopping = true;
   }
   stream->arrived.notify_all();
-  if (!stream->worker.joinable()) {
-    delete stream;
-  } else if (finish) {
+  if (!stream->worker.joinable()) return;
+  if (finish) {
     stream->worker.join();
-    delete stream;
   } else {
     // Its thread may wait for a peer that never comes.
     stream->worker.detach();
@@ -286,7 +285,10 @@ ASCEND_SIM_API int aclrtRecordEvent(void* handle, void* stream_handle) {
     event->nanoseconds = now_ns();
     event->done = std::max(event->done, number);
     event->error = stream->error;
-    if (event->error) event->message = stream->message;
+    if (event->error) {
+      std::lock_guard<std::mutex> telling(stream->mutex);
+      event->message = stream->message;
+    }
     event->changed.notify_all();
     return 0;
   };
@@ -340,6 +342,12 @@ ASCEND_SIM_API int aclrtSynchronizeEvent(void* handle) {
 
 namespace {
 
+int64_t nanoseconds_of(void* handle) {
+  EventHandle event = event_of(handle);
+  std::lock_guard<std::mutex> lock(event->mutex);
+  return event->nanoseconds;
+}
+
 bool query(void* handle) {
   EventHandle event = event_of(handle);
   Clock clock;
@@ -370,11 +378,11 @@ ASCEND_SIM_API int aclrtResetEvent(void*, void*) { return kOk; }
 
 ASCEND_SIM_API int aclrtEventElapsedTime(float* milliseconds, void* from, void* to) {
   ASCEND_SIM_ENTER;
-  *milliseconds = static_cast<float>(event_of(to)->nanoseconds - event_of(from)->nanoseconds) / 1e6f;
+  *milliseconds = static_cast<float>(nanoseconds_of(to) - nanoseconds_of(from)) / 1e6f;
   return kOk;
 }
 ASCEND_SIM_API int aclrtEventGetTimestamp(void* event, uint64_t* microseconds) {
-  *microseconds = event_of(event)->nanoseconds / 1000;
+  *microseconds = nanoseconds_of(event) / 1000;
   return kOk;
 }
 

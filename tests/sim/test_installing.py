@@ -185,3 +185,7 @@ def test_what_is_missing_for_a_build_is_said_in_a_sentence(monkeypatch: pytest.M
     monkeypatch.setattr(build, "SUPPORTED", "9.9")
     with pytest.raises(ascend_sim.BuildError, match=r"torch 9.9 needs, but torch 2.13"):
         build.libraries()
+    monkeypatch.undo()
+    monkeypatch.setenv("ASCEND_SIM_SANITIZE", "memory")
+    with pytest.raises(ascend_sim.BuildError, match="ASCEND_SIM_SANITIZE=memory.*one of address, thread"):
+        build.libraries()

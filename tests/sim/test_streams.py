@@ -1,11 +1,18 @@
 """Missing synchronisation on the simulated card: each kind raises, and the same program with its wait does not.
 
-Catches a check that sees too little (a race that would hide until a card) or too much (a correct program refused).
+Catches a check that sees too little (a race that would hide until a card) or too much (a correct program refused), and
+a handler of faults that writes over memory of the program or keeps a real fault to itself.
 Every pair differs by one line, the wait. The launch queue of torch_npu is on, as it is by default.
 """
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -256,3 +263,81 @@ def test_the_check_can_be_switched_off() -> None:
         read_after_write(False)
     finally:
         runtime.ascend_sim_set_checking(1)
+
+
+class AlternateStack(ctypes.Structure):
+    _fields_ = [("begin", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t)]
+
+
+def stack_of_handler(act: Callable[[], object]) -> int:
+    """Bytes of the alternate stack that the signal handlers write while `act` runs, their frames included."""
+    size, untouched = 1 << 17, b"\xa5"
+    memory = mmap.mmap(-1, size)
+    memory[:] = untouched * size
+    view = ctypes.c_char.from_buffer(memory)
+    before = AlternateStack()
+    libc = ctypes.CDLL(None)
+    assert libc.sigaltstack(ctypes.byref(AlternateStack(ctypes.addressof(view), 0, size)), ctypes.byref(before)) == 0
+    try:
+        act()
+    finally:
+        libc.sigaltstack(ctypes.byref(before), None)
+    del view
+    depth = len(memory[:].lstrip(untouched))
+    memory.close()
+    return depth
+
+
+SANITIZER = os.environ.get("ASCEND_SIM_SANITIZE")
+
+
+@pytest.mark.skipif(bool(SANITIZER), reason="instrumented code takes more stack")
+def test_the_fault_handler_fits_on_the_stack_that_python_gives_it() -> None:
+    # A handler that does next to nothing shows what the frame takes: up to 11 KiB, by the processor.
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: None)
+    try:
+        frame = stack_of_handler(lambda: signal.raise_signal(signal.SIGUSR1))
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    whole = stack_of_handler(lambda: host_reads_what_is_copied_to_it(False))
+    assert any("the host reads pinned memory" in text for text in ascend_sim.stream_misuses())
+    # faulthandler's stack is a frame and 8 KiB, of which it needs some itself.
+    assert 0 < whole - frame <= 4096
+
+
+# The runtime alone, without torch: a guarded copy, on a stream that nobody waits for.
+GUARDED_COPY = """
+import ctypes, faulthandler, os, signal, sys
+from ascend_sim import hook
+
+hook.load_runtime()
+runtime = hook.library("ascendcl")
+
+def guarded_copy():
+    there, here, size = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_size_t(64)
+    assert not runtime.aclrtMalloc(ctypes.byref(there), size, 0)
+    assert not runtime.aclrtMallocHost(ctypes.byref(here), size)
+    assert not runtime.aclrtMemcpyAsync(there, size, here, size, 1, None)
+    return here
+
+here = guarded_copy()
+if sys.argv[1] == "after":
+    faulthandler.enable()
+    here = guarded_copy()
+ctypes.memset(here, 1, 1)
+print("went on", flush=True)
+"""
+
+
+@pytest.mark.parametrize("death", ["ctypes.string_at(8)", "os.kill(os.getpid(), signal.SIGSEGV)"])
+@pytest.mark.parametrize("faulthandler", ["before", "after", "without"])
+def test_a_fault_that_is_none_of_ours_ends_the_process_as_it_would_without_us(faulthandler: str, death: str) -> None:
+    if faulthandler == "after" and SANITIZER == "thread":
+        pytest.skip("ThreadSanitizer blocks a signal while it is handled, so that faulthandler cannot raise it")
+    options = ["-X", "faulthandler"] if faulthandler == "before" else []
+    command = [sys.executable, *options, "-c", GUARDED_COPY + death, faulthandler]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == -signal.SIGSEGV
+    assert done.stdout == "went on\n"
+    assert done.stderr.count("stream misuse: the host writes pinned memory at byte 0 of the 64 bytes") == 1
+    assert done.stderr.count("Fatal Python error: Segmentation fault") == (faulthandler != "without")
