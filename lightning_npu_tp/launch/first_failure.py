@@ -44,9 +44,10 @@ def _note_first_failure(error: BaseException) -> None:
     store, answers = dist.distributed_c10d._get_default_store(), list[bytes]()
 
     def ask() -> None:
-        # A connection of its own: one that waits for a silent host would hold up whoever comes next.
+        # A connection of its own: one that waits for a silent host would hold up whoever comes next. torch's stubs do
+        # not have it.
         with contextlib.suppress(RuntimeError):
-            answers.append(store.clone().compare_set(_KEY, "", mine))
+            answers.append(store.clone().compare_set(_KEY, "", mine))  # type: ignore[attr-defined]
 
     thread = threading.Thread(target=ask, name="first failure", daemon=True)
     thread.start()

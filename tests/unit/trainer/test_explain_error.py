@@ -85,7 +85,7 @@ def test_a_code_that_torch_npu_leaves_out_is_found_in_the_log(monkeypatch, tmp_p
 
 def test_without_an_operator_in_the_text_the_place_in_the_users_code_is_told() -> None:
     text = str(note_of(raised(RuntimeError("error code is 507018"), "my_layer"), a_trainer()))
-    assert text.startswith("my_layer (test_explain_device.py:2) failed on rank 3")
+    assert text.startswith("my_layer (test_explain_error.py:2) failed on rank 3")
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_full_memory_is_one_class_whatever_the_device_calls_it_and_explained_onc
     assert found.__traceback__ is driver.__traceback__ and "__notes__" not in vars(driver)
     assert noted(found, a_trainer()) is found
     (note,) = found.__notes__
-    assert note.startswith("my_layer (test_explain_device.py:2) failed on rank 3") and "strategy.hccl.buffer_mb" in note
+    assert note.startswith("my_layer (test_explain_error.py:2) failed on rank 3") and "strategy.hccl.buffer_mb" in note
 
 
 # --- collectives ------------------------------------------------------------------------------------
