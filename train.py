@@ -33,8 +33,9 @@ def train(config: DictConfig) -> float | None:
     from lit_models.run.run_folder import claim, explain_write_errors, goes_on, is_follower
     from lit_models.run.summary import summary
 
+    strategy = build(config, "strategy")
     # Lightning's and torch_npu's own uses of torch names that are going away: nothing that a user could mend. Not
-    # earlier, for torch_npu puts filters of its own before these when it is loaded.
+    # earlier, for transformers has loaded torch_npu with the strategy, and that puts filters of its own before these.
     for gone in (".*LeafSpec", "TypedStorage is deprecated"):
         warnings.filterwarnings("ignore", gone)
 
@@ -49,7 +50,7 @@ def train(config: DictConfig) -> float | None:
     trainer = build(
         config,
         "trainer",
-        strategy=build(config, "strategy"),
+        strategy=strategy,
         callbacks=[*build_each(config, "callbacks"), *([warmup] if warmup is not None else []), *extra],
         logger=build_each(config, "logger"),
     )

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.activations import ACT2FN
 from typing_extensions import override
 
 from lightning_npu_tp.errors import ConfigError
@@ -51,9 +52,6 @@ class RoutedExperts(nn.Module):
         self, *, hidden_size: int, expert_width: int, num_local_experts: int, kernels: Kernels, hidden_act: str = "silu"
     ) -> None:
         super().__init__()
-        # Here: it brings in transformers' generation and quantisation, which no rank needs before it converts.
-        from transformers.activations import ACT2FN
-
         if hidden_act not in ACT2FN:
             raise ConfigError(f"hidden_act={hidden_act!r} is unknown. Use one of {sorted(ACT2FN)}.")
         self.gate_up_proj = nn.Parameter(torch.empty(num_local_experts, 2 * expert_width, hidden_size))

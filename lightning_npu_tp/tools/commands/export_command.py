@@ -42,6 +42,7 @@ def export(
     folder is loaded through transformers and every tensor compared with the checkpoint, bit for bit.
     """
     with exit_codes(otherwise=1):
+        from lightning_npu_tp.tools.prove import load_families
         from lightning_npu_tp.weights.hf_export import DTYPES, export_checkpoint
 
         if dtype is not None and dtype not in DTYPES:
@@ -57,7 +58,7 @@ def export(
             with_tokenizer=tokenizer != "none",
             config=None if config is None else _config(config),
             model=model,
-            families=_families(families or []),
+            families=load_families(families or []),
             verify=not no_verify,
         )
     for note in done.notes:
@@ -82,11 +83,3 @@ def _config(given: str) -> object:
         return read_model_config(given)
     except ConfigError as error:
         raise ConfigError(str(error).replace("--model", "--config")) from error
-
-
-def _families(names: list[str]) -> list:
-    if not names:
-        return []
-    from lightning_npu_tp.tools.prove import load_families
-
-    return load_families(names)
