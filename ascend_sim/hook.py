@@ -70,7 +70,7 @@ class Finder(importlib.abc.MetaPathFinder):
     """Puts the loader above around torch_npu's own."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
-        """As importlib asks it; None for every other module."""
+        """The spec of torch_npu with the loader above; None for every other module."""
         if name != "torch_npu":
             return None
         sys.meta_path.remove(self)

@@ -61,7 +61,7 @@ def refuse(api: str, reason: str) -> None:
 
 
 def require(condition: bool, api: str, reason: str) -> None:
-    """Refuse unless the condition holds."""
+    """Raise the simulator's error with this text unless the condition holds."""
     if not condition:
         refuse(api, reason)
 

@@ -17,7 +17,7 @@ from typing_extensions import override
 
 
 def expert_load(counts_LE: Tensor, num_picks: Tensor) -> dict[str, Tensor]:
-    """What the counts say.
+    """Turn counts of picks into each layer's load, its spread and what was dropped.
 
     counts_LE: int64, picks of each expert in each layer.
     num_picks: int64 scalar, the picks that each layer was to make: tokens times picks per token.

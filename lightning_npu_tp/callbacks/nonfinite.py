@@ -113,12 +113,12 @@ class NonFiniteGuard(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """The counts."""
+        """How many steps were skipped, in a row and in all, for the checkpoint."""
         return {"skipped": self.skipped, "consecutive": self.consecutive}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """The counts go on."""
+        """Go on counting skipped steps from where the checkpoint was saved."""
         self.skipped, self.consecutive = state_dict["skipped"], state_dict["consecutive"]
 
 

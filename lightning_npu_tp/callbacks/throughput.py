@@ -63,13 +63,13 @@ class TokensPerSecond(Callback):
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop the clock."""
+        """Stop the clock: a validation is not part of the training rate."""
         _wait_for_card(pl_module)
         self._left_at = time.perf_counter()
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let the clock run on."""
+        """Let the clock of the training rate run on after a validation."""
         _wait_for_card(pl_module)
         if self._left_at is not None:
             self._away += time.perf_counter() - self._left_at

@@ -34,7 +34,7 @@ from lightning_npu_tp.errors import ConfigError, ConversionError
 from lightning_npu_tp.kernels import Kernels
 from lightning_npu_tp.models.families.family import BuildContext, ModelFamily
 from lightning_npu_tp.models.families.registry import FAMILIES, find_models
-from lightning_npu_tp.models.layers.causal_lm import ATTENTION_NAME, become
+from lightning_npu_tp.models.layers.sharded_causal_lm import ATTENTION_NAME, become
 from lightning_npu_tp.parallel.layout import (
     DISPATCH,
     Dispatch,

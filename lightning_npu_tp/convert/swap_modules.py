@@ -53,7 +53,10 @@ def find_swaps(model: nn.Module, family: ModelFamily, config: object) -> list[Sw
 
 
 def swap_modules(swaps: list[Swap], family: ModelFamily, context: BuildContext) -> Counter[str]:
-    """Replace them in place; class name -> how many. Parameters and children keep the order that they had."""
+    """Replace the modules of `swaps` in place; returns class name -> how many were replaced.
+
+    Parameters and children keep the order that they had.
+    """
     for swap in swaps:
         child = getattr(swap.parent, swap.child)
         replacement = family.swaps[swap.kind](child, context)

@@ -31,7 +31,7 @@ _LOGITS = 64 * 2**20
 
 @dataclass(frozen=True)
 class Row:
-    """One operation; bytes.
+    """What one operation of a layer needs, in bytes on one rank.
 
     kept:      from its forward pass until its backward pass has run.
     forward:   needed beside while the forward pass runs.
@@ -85,7 +85,7 @@ class Shape:
 
     @property
     def outside(self) -> int:
-        """Tokens of this rank between regions."""
+        """Tokens of this rank outside of split regions: its slice of the sequences, or all."""
         if not self.is_sliced:
             return self.tokens
         return self.batch * -(-self.length // self.layout.tensor)

@@ -366,7 +366,7 @@ class _Parameters:
         return blocks([group]) if self._has_buffers and group else 0
 
     def _last_group(self, number: int) -> int:
-        """The layer's last to arrive."""
+        """Bytes of the layer's parameter group that FSDP gathers last."""
         return self._gathered_experts(number) or self._dense[number]
 
     def _gathered_experts(self, number: int) -> int:

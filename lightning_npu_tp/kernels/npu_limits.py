@@ -48,5 +48,5 @@ def common_limits(*tensors: Tensor) -> Iterable[tuple[bool, str]]:
 
 
 def forget() -> None:
-    """Say everything anew, for tests."""
+    """Forget which warnings were given, so that tests see them again."""
     _said.clear()

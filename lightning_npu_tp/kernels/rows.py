@@ -68,7 +68,7 @@ class PickRows:
         return self.order_R // self.key_TK.shape[1]
 
     def learn(self, sorted_N: Tensor) -> None:
-        """Take over what a kernel has sorted."""
+        """Take over the order of rows that a fused kernel has computed."""
         self.__dict__["sorted_N"] = sorted_N
 
 

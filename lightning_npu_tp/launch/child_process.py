@@ -102,7 +102,7 @@ class ChildProcess:
         return None if latest is None else str(latest["event"])
 
     def count(self, event: str) -> int:
-        """How often the process reported this."""
+        """How often the process has sent a report of the kind `event`."""
         return sum(entry["event"] == event for entry in list(self.events))
 
     def drain(self, seconds: float = 1.0) -> None:
@@ -113,7 +113,7 @@ class ChildProcess:
         self._reader.join(seconds)
 
     def describe_end(self) -> str:
-        """How it ended, in words."""
+        """How the process ended (exit code or signal), in words."""
         code = self.process.poll()
         if code is None:
             return "is still running"
@@ -122,7 +122,7 @@ class ChildProcess:
         return f"ended with exit code {code}"
 
     def tail(self) -> str:
-        """The last lines of its stderr."""
+        """The last lines of the process's stderr."""
         return "\n".join(list(self._lines)).rstrip()
 
     def traceback(self) -> str:
@@ -182,7 +182,7 @@ class Channel:
         return result
 
     def send(self, event: str, **details: Any) -> None:
-        """Report; silently does nothing once the parent is gone."""
+        """Send a report to the parent; silently does nothing once that is gone."""
         line = json.dumps({"event": event, "time": time.monotonic(), **details}) + "\n"
         with self._lock:
             try:

@@ -74,7 +74,7 @@ class HostWatch:
             return list(pool.map(lambda other: _ask_host(other[0], other[1], seconds), others))
 
     def close(self) -> None:
-        """Stop answering."""
+        """Stop answering the other hosts' questions whether this one lives."""
         if self._listener is not None:
             # Closing alone would leave the thread in accept().
             self._listener.shutdown(socket.SHUT_RDWR)

@@ -23,7 +23,7 @@ class Preemption:
         self._last_step: int | None = None
 
     def ask(self) -> None:
-        """The job is to end."""
+        """Note that the job is to end: a checkpoint at the next step that all ranks reach."""
         self.asked = True
 
     def due(self, step: int) -> bool:

@@ -70,7 +70,7 @@ class SignalWatch:
         _in_force = self
 
     def close(self, *, unwinding: bool) -> None:
-        """Give the signals back; a countdown that has begun goes on.
+        """Give the signals back to the handlers of before; a countdown that has begun goes on.
 
         unwinding: the trainer call raised, and Lightning is about to restore the handlers itself. The SIGTERM handler
             stays until then, because the one that it replaced is Lightning's, which would enter a collective.

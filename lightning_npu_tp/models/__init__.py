@@ -12,11 +12,11 @@ if TYPE_CHECKING:
     from lightning_npu_tp.models.families.family import BuildContext, ModelFamily
     from lightning_npu_tp.models.families.registry import supported
     from lightning_npu_tp.models.file_names import KeyTable
-    from lightning_npu_tp.models.layers.causal_lm import ShardedCausalLM, ShardedDecoder
     from lightning_npu_tp.models.layers.gqa import GroupedQueryAttention
     from lightning_npu_tp.models.layers.linear import RMSNorm, ShardedLinear, ShardedMLP
     from lightning_npu_tp.models.layers.mla import MLAttention
     from lightning_npu_tp.models.layers.rotary import RotaryTables
+    from lightning_npu_tp.models.layers.sharded_causal_lm import ShardedCausalLM, ShardedDecoder
     from lightning_npu_tp.models.layers.vocab import VocabEmbedding, VocabHead
     from lightning_npu_tp.models.moe.block import MoEBlock
     from lightning_npu_tp.parallel.plan import Columns, Experts, Plan, Replicated, Rows, Rule, Vocab
@@ -52,7 +52,7 @@ __getattr__, __dir__ = lazy_names(
         "models.families.family": "BuildContext ModelFamily",
         "models.families.registry": "supported",
         "models.file_names": "KeyTable",
-        "models.layers.causal_lm": "ShardedCausalLM ShardedDecoder",
+        "models.layers.sharded_causal_lm": "ShardedCausalLM ShardedDecoder",
         "models.layers.gqa": "GroupedQueryAttention",
         "models.layers.linear": "RMSNorm ShardedLinear ShardedMLP",
         "models.layers.mla": "MLAttention",

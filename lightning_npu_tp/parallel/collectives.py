@@ -130,7 +130,7 @@ class _Transfer:
         self._under_way: tuple[Any, Tensor, Tensor] | None = None
 
     def start(self, rows: Tensor, send: list[int], recv: list[int]) -> Tensor:
-        """The buffer that the rows will be in after `finish`."""
+        """Begin the exchange; returns the buffer that holds the received rows after `finish`."""
         rows = rows.contiguous()
         received = rows.new_empty((sum(recv), *rows.shape[1:]))
         work = dist.all_to_all_single(received, rows, recv, send, group=self.group, async_op=True)

@@ -54,7 +54,7 @@ class Request:
 
     @property
     def tokens(self) -> int:
-        """Labels that have a logit to be held against."""
+        """Number of labels that are predicted: all but the first of each sequence."""
         return self.batch["labels"][:, 1:].numel()
 
 

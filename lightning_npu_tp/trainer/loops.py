@@ -94,7 +94,7 @@ class TrainingEpochLoop(_TrainingEpochLoop):
 
     @override
     def run(self, data_fetcher: Any) -> None:
-        """The batches of an epoch, or what is left of them."""
+        """Train on the batches of an epoch, or on those that are left of it."""
         if self.restarting and self.resume.left is not None and self.resume.inside is not None:
             # Making the loaders has drawn numbers.
             apply_rank_state(self.trainer, self.resume.inside)
@@ -102,7 +102,7 @@ class TrainingEpochLoop(_TrainingEpochLoop):
 
     @override
     def advance(self, data_fetcher: Any) -> None:
-        """One batch, or the end of the one of the checkpoint."""
+        """Train on one batch, or only begin the end of the one at which the checkpoint was taken."""
         if self.resume.batch_is_open:
             # Lightning would go on in the middle of a validation, whose metrics are not in the checkpoint.
             self.val_loop.restarting = False
@@ -151,7 +151,7 @@ class FitLoop(_FitLoop):
 
     @override
     def run(self) -> None:
-        """The epochs that are left.
+        """Train the epochs that are left.
 
         Lightning counts an epoch that was cut short as done; so does a resumed run with no step left to make, whose
         validation would be logged as one of the epoch before otherwise.

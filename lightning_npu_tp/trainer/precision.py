@@ -74,15 +74,15 @@ class ShardedClipping(stock.Precision):
 
 
 class Precision(ShardedClipping):
-    """32-true."""
+    """Lightning's precision 32-true, with clipping of sharded gradients."""
 
 
 class HalfPrecision(ShardedClipping, stock.HalfPrecision):
-    """bf16-true or 16-true."""
+    """Lightning's precisions bf16-true and 16-true, with clipping of sharded gradients."""
 
 
 class DoublePrecision(ShardedClipping, stock.DoublePrecision):
-    """64-true."""
+    """Lightning's precision 64-true, with clipping of sharded gradients."""
 
 
 class MixedPrecision(ShardedClipping, stock.MixedPrecision):

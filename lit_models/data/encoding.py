@@ -113,6 +113,6 @@ class Progress:
         )
 
     def end(self) -> None:
-        """Say that it is done, where anything was said."""
+        """Print that encoding is done, where its progress was printed at all."""
         if self._spoke:
             print(f"encoding: done after {time.monotonic() - self._begin:.0f} s", file=sys.stderr, flush=True)

@@ -236,7 +236,7 @@ def digest_of_files(files: Iterable[SourceFile]) -> str:
 
 
 def digest_of_stream(stream: TokenStream) -> str:
-    """Of all tokens, borders and marks; read in parts."""
+    """Digest of a stream's tokens, document borders and marks; read in parts."""
     crc = 0
     for values in (stream.tokens, stream.starts, stream.learn):
         for begin in range(0, 0 if values is None else len(values), 2**22):

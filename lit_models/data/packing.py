@@ -92,7 +92,7 @@ class PackedDataset(Dataset[dict[str, torch.Tensor]]):
         return reached - borders
 
     def round_up(self, multiple: int) -> PackedDataset:
-        """The same set with blank sequences (all padding, all labels -100) up to a multiple of `multiple`.
+        """This set with blank sequences (all padding, all labels -100) up to a multiple of `multiple`.
 
         Batches then have one shape and ranks one number of batches, with no sequence given twice, which
         is what a sampler would do to even the ranks out and what would count it twice in a metric.

@@ -79,7 +79,7 @@ class SampleDataset(Dataset[dict[str, torch.Tensor]]):
         self.num_predicted = int(stream.learn.sum(dtype=np.int64))
 
     def round_up(self, multiple: int) -> SampleDataset:
-        """The same set with blank sequences (all padding, all labels -100) up to a multiple of `multiple`."""
+        """This set with blank sequences (all padding, all labels -100) up to a multiple of `multiple`."""
         rounded = copy.copy(self)
         rounded.num_blank = -self.num_sequences % multiple
         return rounded

@@ -181,7 +181,7 @@ class StreamBuilder:
         return name, ids
 
     def pop_learnt(self, index: int) -> tuple[str, np.ndarray, np.ndarray | None]:
-        """As `pop`, and what of it is to be predicted."""
+        """Take document `index` out again: its name, its ids without eos, and which of them are to be predicted."""
         starts = np.array(self._columns["starts"].read())
         begin = int(starts[index])
         end = int(starts[index + 1]) if index + 1 < len(starts) else self.num_tokens

@@ -42,7 +42,7 @@ class ContinueRun(Callback):
 
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """The step is known; also of a run that has nothing left to do."""
+        """Cut what was logged after the checkpoint's step; also for a run that has nothing left to do."""
         row = checkpoint.pop(ROW, None)
         if not self._continues:
             return

@@ -185,7 +185,7 @@ class GuardRunFolder(Callback):
 
     @override
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """A single run: its folder must be new and writable."""
+        """Check that a single run's folder is new and writable."""
         if is_follower():
             # Rank 0's files; a second writer could find them half written.
             with read_write(config.hydra):
@@ -195,7 +195,7 @@ class GuardRunFolder(Callback):
 
     @override
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """A sweep: the same of the folder that all its jobs share."""
+        """Check that the folder that all jobs of a sweep share is new and writable."""
         if not is_follower():
             self._check(config, Path(config.hydra.sweep.dir), setting="hydra.sweep.dir")
 

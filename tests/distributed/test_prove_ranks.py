@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from lightning_npu_tp.convert.convert import Options
 from lightning_npu_tp.errors import ConfigError
-from lightning_npu_tp.models.layers import causal_lm
+from lightning_npu_tp.models.layers import sharded_causal_lm
 from lightning_npu_tp.parallel.layout import Layout
 from lightning_npu_tp.tools import prove as proving
 from lightning_npu_tp.tools.cli import app
@@ -95,7 +95,7 @@ BREAKS = {
 
 
 def run_broken(rank: int, world_size: int, training: Training, what: str) -> Any:
-    attend, build = F.scaled_dot_product_attention, causal_lm.attention_mask_4d
+    attend, build = F.scaled_dot_product_attention, sharded_causal_lm.attention_mask_4d
 
     def sees_the_future(*tensors: Tensor, is_causal: bool, **settings: Any) -> Tensor:
         return attend(*tensors, **settings)

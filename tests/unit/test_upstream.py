@@ -39,9 +39,9 @@ from upstream_walk import (
 
 from lightning_npu_tp.launch.same_settings import _TRAINER_SETTINGS
 from lightning_npu_tp.models.families.registry import FAMILIES
-from lightning_npu_tp.models.layers.causal_lm import ATTENTION_NAME, ShardedCausalLM, ShardedDecoder
 from lightning_npu_tp.models.layers.gqa import GroupedQueryAttention
 from lightning_npu_tp.models.layers.mla import MLAttention
+from lightning_npu_tp.models.layers.sharded_causal_lm import ATTENTION_NAME, ShardedCausalLM, ShardedDecoder
 
 
 def title(entry: Names) -> str:

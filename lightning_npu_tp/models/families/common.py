@@ -17,11 +17,11 @@ from torch import nn
 from lightning_npu_tp.errors import ConversionError
 from lightning_npu_tp.models.families.family import BuildContext, Constructor, ModelFamily
 from lightning_npu_tp.models.file_names import KeyTable, Stacked
-from lightning_npu_tp.models.layers.causal_lm import ShardedCausalLM, ShardedDecoder, ShardedDecoderLayer
 from lightning_npu_tp.models.layers.gqa import GroupedQueryAttention
 from lightning_npu_tp.models.layers.linear import RMSNorm, ShardedMLP
 from lightning_npu_tp.models.layers.mla import MLAttention
 from lightning_npu_tp.models.layers.rotary import RotaryTables, check_rope_type
+from lightning_npu_tp.models.layers.sharded_causal_lm import ShardedCausalLM, ShardedDecoder, ShardedDecoderLayer
 from lightning_npu_tp.models.layers.vocab import VocabEmbedding, VocabHead
 from lightning_npu_tp.models.moe.block import MoEBlock
 from lightning_npu_tp.parallel.plan import Columns, Experts, Replicated, Rows, Rule, Vocab

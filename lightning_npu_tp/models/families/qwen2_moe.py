@@ -36,7 +36,7 @@ class GatedExpert(nn.Module):
 
     @property
     def down_proj(self) -> nn.Module:
-        """What makes the output a partial sum."""
+        """The expert's row-split projection, which makes the output a partial sum."""
         return self.expert.down_proj
 
     @override
@@ -52,7 +52,7 @@ class GatedSharedBlock(MoEBlock):
 
     @override
     def adopt_parameters(self, source: nn.Module) -> None:
-        """Take over the shared expert too."""
+        """Take over the parameters of router, routed experts and the gated shared expert of `source`."""
         super().adopt_parameters(source)
         self.shared_expert = ShardedMLP(source.get_submodule("shared_expert"), self.region, partial=True)
         self.shared_expert_gate = source.get_submodule("shared_expert_gate")

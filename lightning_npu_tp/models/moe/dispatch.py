@@ -31,7 +31,7 @@ def one_process() -> None:
 
 
 def nothing() -> None:
-    """What there is to do meanwhile when nobody says."""
+    """Do nothing: the default for work that overlaps an exchange."""
 
 
 class Experts(Protocol):

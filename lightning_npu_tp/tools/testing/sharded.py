@@ -31,7 +31,7 @@ from lightning_npu_tp.devices import device as devices
 from lightning_npu_tp.errors import ConfigError
 from lightning_npu_tp.models.families.family import ModelFamily
 from lightning_npu_tp.models.families.registry import FAMILIES
-from lightning_npu_tp.models.layers.causal_lm import ShardedDecoder
+from lightning_npu_tp.models.layers.sharded_causal_lm import ShardedDecoder
 from lightning_npu_tp.models.moe.bias import clear_pending
 from lightning_npu_tp.parallel.clipping import clip_grad_norm_, total_grad_norm
 from lightning_npu_tp.parallel.layout import Groups, Layout, Meshes

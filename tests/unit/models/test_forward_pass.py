@@ -19,7 +19,7 @@ from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Decod
 from lightning_npu_tp.convert.convert import Options, convert
 from lightning_npu_tp.errors import ConversionError
 from lightning_npu_tp.kernels import select
-from lightning_npu_tp.models.layers.causal_lm import ShardedDecoderLayer, become
+from lightning_npu_tp.models.layers.sharded_causal_lm import ShardedDecoderLayer, become
 from lightning_npu_tp.parallel.forward_pass import ForwardPass, Memory
 from lightning_npu_tp.parallel.layout import Groups, Layout, Meshes
 from lightning_npu_tp.parallel.tensor_region import Region

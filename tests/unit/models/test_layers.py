@@ -14,9 +14,9 @@ from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Rotar
 from lightning_npu_tp.errors import ConversionError
 from lightning_npu_tp.kernels.plain import attend, rotate_interleaved
 from lightning_npu_tp.models.layers import vocab
-from lightning_npu_tp.models.layers.causal_lm import attention_mask_4d
 from lightning_npu_tp.models.layers.linear import RMSNorm
 from lightning_npu_tp.models.layers.rotary import RotaryTables
+from lightning_npu_tp.models.layers.sharded_causal_lm import attention_mask_4d
 from lightning_npu_tp.models.layers.vocab import IGNORED_LABEL, VocabEmbedding, VocabHead
 from lightning_npu_tp.parallel.layout import Groups
 from lightning_npu_tp.parallel.tensor_region import Region
