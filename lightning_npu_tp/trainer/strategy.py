@@ -1,6 +1,7 @@
 """The Lightning strategy: process group, meshes, conversion, precision, clipping, checkpoints, teardown.
 
-A thin layer that calls the parts at the right moment of a trainer's life; checkpoints: checkpoint_hooks.py.
+A thin layer that calls the parts at the right moment of a trainer's life; process groups and what ranks tell each
+other: group_hooks.py, checkpoints: checkpoint_hooks.py.
 It derives from ParallelStrategy and not from Lightning's ModelParallelStrategy: the connector refuses 64-true and
 16-mixed for instances of that class before a subclass is asked, and most of its methods would be
 overridden (its mesh has no expert axis, its reductions count every tensor rank, it wipes loaded
@@ -10,7 +11,6 @@ weights). What is kept is its contract: `device_mesh`, the sampler arguments, th
 from __future__ import annotations
 
 import math
-import socket
 import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -19,7 +19,6 @@ from functools import partial
 from typing import Any, Never
 
 import torch
-import torch.distributed as dist
 from lightning.fabric.plugins import ClusterEnvironment
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.fabric.utilities.seed import reset_seed
@@ -29,7 +28,6 @@ from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 from lightning_utilities.core.rank_zero import rank_zero_only as utils_rank_zero_only
-from torch import Tensor
 from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
@@ -39,36 +37,27 @@ from lightning_npu_tp.convert.convert import Options, adopt, convert, materializ
 from lightning_npu_tp.convert.data_parallel import (
     DataParallel,
     abandon_step,
-    average_plain_gradients,
-    rebind_groups,
-    reduce_gradients,
-    release_groups,
 )
-from lightning_npu_tp.devices.device import NPU, backend_for, idle_npus
-from lightning_npu_tp.devices.hccl_settings import HcclSettings, SettingsReport
+from lightning_npu_tp.devices.device import idle_npus
+from lightning_npu_tp.devices.hccl_settings import HcclSettings
 from lightning_npu_tp.devices.launch_queue import (
     expect_unwinding,
     launch_queue_has_ended,
-    unwatch_launch_queue,
-    watch_launch_queue,
 )
-from lightning_npu_tp.devices.terminate_message import clear_terminate_message, set_terminate_message, terminate_message
 from lightning_npu_tp.errors import ConfigError, ConversionError
 from lightning_npu_tp.launch.hosts import crossings
 from lightning_npu_tp.launch.launcher import ProcessLauncher, check_world
-from lightning_npu_tp.launch.process_group import close_process_group, host_watch, open_process_group
-from lightning_npu_tp.launch.same_settings import require_agreement, require_equal_batches, run_settings
+from lightning_npu_tp.launch.process_group import host_watch
+from lightning_npu_tp.launch.same_settings import require_equal_batches
 from lightning_npu_tp.models.families.family import ModelFamily
 from lightning_npu_tp.models.families.registry import supported
-from lightning_npu_tp.parallel.collectives import group_size
-from lightning_npu_tp.parallel.layout import Dispatch, Groups, Layout, Meshes, Size, resolve_dispatch
+from lightning_npu_tp.parallel.layout import Dispatch, Layout, Meshes, Size, resolve_dispatch
 from lightning_npu_tp.parallel.recompute import Recompute
 from lightning_npu_tp.trainer import module_setup
-from lightning_npu_tp.trainer.checkpoint_hooks import CheckpointHooks
 from lightning_npu_tp.trainer.checkpoint_settings import CheckpointSettings, OnSaveError, refuse_removed
-from lightning_npu_tp.trainer.data_mean import reduce_over_data
 from lightning_npu_tp.trainer.even_batches import count_once
 from lightning_npu_tp.trainer.explain_error import may_hang, noted
+from lightning_npu_tp.trainer.group_hooks import GroupHooks
 from lightning_npu_tp.trainer.loops import evaluate_without_inference_mode, take_results_off, use_quiet_epoch_loop
 from lightning_npu_tp.trainer.precision import precision_dtype, rebuild_precision
 from lightning_npu_tp.trainer.resume import Resume
@@ -78,7 +67,7 @@ from lightning_npu_tp.trainer.teardown import close_all
 UserConversion = Callable[[LightningModule, Meshes], None]
 
 
-class NPUTensorParallelStrategy(CheckpointHooks):
+class NPUTensorParallelStrategy(GroupHooks):
     """Shards transformers models found in any LightningModule over tensor and expert ranks.
 
     Works on npu, cuda and cpu: `Trainer(accelerator="cpu", devices=2, strategy="npu_tp")` or with an
@@ -160,10 +149,6 @@ class NPUTensorParallelStrategy(CheckpointHooks):
         self._convert = convert
         self._families = tuple(families)
         self._kernel_overrides = dict(kernels or {})
-        self._timeout = timedelta(seconds=timeout_s)
-        self._hccl = hccl
-        self._hccl_report: SettingsReport | None = None
-        self._hccl_told: list[str] = []
         self._set_up_checkpoints(
             CheckpointSettings(
                 trusted=checkpoint_weights_only,
@@ -176,13 +161,10 @@ class NPUTensorParallelStrategy(CheckpointHooks):
                 sigterm_grace_s=sigterm_grace_s,
             )
         )
+        self._set_up_groups(timeout=timedelta(seconds=timeout_s), hccl=hccl, backend=process_group_backend)
         self._init_seed = init_seed
-        self._backend = process_group_backend
-        self._groups = Groups()
-        self._adopted: list[Groups] = []
         self._layout: Layout | None = None
         self._card_failed = False
-        self._reduces_gradients = True
         self.num_nodes = 1
 
     # --- what the connector asks while the Trainer is built -----------------------------------
@@ -250,11 +232,6 @@ class NPUTensorParallelStrategy(CheckpointHooks):
                 # until Python collects cycles, and a smaller batch that is tried next would not fit.
                 del explained
 
-    def _end_unheard(self, error: BaseException, trainer: Trainer | None) -> None:
-        """End this rank from another thread, with an error that the trainer's thread does not come to raise."""
-        assert isinstance(self._launcher, ProcessLauncher)
-        self._launcher.end_rank(noted(error, trainer))
-
     def set_world_ranks(self) -> None:
         """Tell the cluster environment and the logging helpers which rank this is."""
         assert self.cluster_environment is not None
@@ -291,18 +268,6 @@ class NPUTensorParallelStrategy(CheckpointHooks):
 
     # --- process group -------------------------------------------------------------------------
 
-    @property
-    def meshes(self) -> Meshes:
-        """The device meshes; they exist from `setup_environment` to `teardown`."""
-        if self._groups.meshes is None or not dist.is_initialized():
-            raise ConfigError("The device meshes exist only while a Trainer method runs, after its setup_environment.")
-        return self._groups.meshes
-
-    @property
-    def groups(self) -> Groups:
-        """The process groups that the converted modules use."""
-        return self._groups
-
     @override
     def setup_environment(self) -> None:
         """Bind the device, meet the other ranks, build the meshes."""
@@ -322,74 +287,6 @@ class NPUTensorParallelStrategy(CheckpointHooks):
                 )
             module_setup.configure_early(module.trainer, module)
             self._convert_models(module)
-
-    def _open(self) -> None:
-        close_process_group()
-        if self._hccl is not None and self.root_device.type == NPU:
-            self._hccl_report = self._hccl.apply()
-            if (lines := self._hccl_report.lines()) != self._hccl_told:
-                # Once, not for each trainer call.
-                self._hccl_told = lines
-                rank_zero_info("\n".join(lines))
-        backend = self._backend or backend_for(self.root_device.type)
-        assert self.cluster_environment is not None
-        hccl = self._hccl or HcclSettings()
-        buffers_mb = hccl.buffers_mb(self.layout.axes_of_all)
-        open_process_group(
-            self.cluster_environment,
-            backend=backend,
-            timeout=self._timeout,
-            device=self.root_device,
-            buffer_mb=buffers_mb.pop("world", None),
-        )
-        if self.root_device.type != "cpu":
-            # gloo has no thread that ends the process.
-            set_terminate_message(terminate_message(self.global_rank, socket.gethostname()))
-        module = self.lightning_module
-        if self.root_device.type == NPU and isinstance(self._launcher, ProcessLauncher):
-            trainer = None if module is None else module._trainer
-            watch_launch_queue(self.root_device, partial(self._end_unheard, trainer=trainer))
-        if module is not None and module._trainer is not None:
-            require_agreement(run_settings(module.trainer, module, self))
-        meshes = Meshes.build(self.layout, self.root_device.type, timeout=self._timeout, buffers_mb=buffers_mb)
-        for groups in (self._groups, *self._adopted):
-            groups.bind(meshes)
-
-    @contextmanager
-    @override
-    def process_group(self) -> Iterator[None]:
-        """Have the process group outside of a Trainer method; every rank enters it.
-
-        After a fit the ranks have parted; inside this context a sharded model can be called, and
-        checkpoints written.
-        """
-        if dist.is_initialized():
-            yield
-            return
-        self._open()
-        rebind_groups(self.lightning_module)
-        try:
-            yield
-        finally:
-            self._close()
-
-    def _close(self, *, failing: bool = False) -> None:
-        def undo_settings() -> None:
-            if self._hccl_report is not None:
-                self._hccl_report.undo()
-                self._hccl_report = None
-
-        groups = [groups.close for groups in (self._groups, *self._adopted)]
-        steps: tuple[Callable[[], object], ...] = (
-            self._end_saves,
-            *groups,
-            partial(release_groups, self.lightning_module),
-            close_process_group,
-            unwatch_launch_queue,
-            clear_terminate_message,
-            undo_settings,
-        )
-        close_all(steps, failing=failing)
 
     # --- setup and teardown --------------------------------------------------------------------
 
@@ -516,84 +413,6 @@ class NPUTensorParallelStrategy(CheckpointHooks):
         trainer = self._module.trainer
         needed = trainer.max_steps * trainer.accumulate_grad_batches if trainer.max_steps >= 0 else math.inf
         require_equal_batches(trainer.num_training_batches, layout=self.layout, batches_needed=needed)
-
-    # --- gradients over data ranks -------------------------------------------------------------
-
-    @contextmanager
-    @override
-    def block_backward_sync(self) -> Generator[None, None, None]:
-        """Add to the gradients without reducing them, for all micro-batches but a step's last."""
-        self._reduces_gradients = False
-        reduce_gradients(self._module, False)
-        try:
-            yield
-        finally:
-            reduce_gradients(self._module, True)
-            self._reduces_gradients = True
-
-    @override
-    def post_backward(self, closure_loss: Tensor) -> None:
-        """Average the gradients of layers that conversion left alone; FSDP has done the others."""
-        if self._reduces_gradients and self.layout.data > 1:
-            average_plain_gradients(module_setup.plain_parameters(self._module), self.meshes.data_group)
-
-    def token_groups(self) -> list[dist.ProcessGroup]:
-        """Groups of ranks whose sum of a mixture layer's `tokens_per_expert` is the global count."""
-        return [] if dist.group.WORLD is None else [dist.group.WORLD]
-
-    # --- talking to the other ranks ------------------------------------------------------------
-
-    @override
-    def barrier(self, name: str | None = None) -> None:
-        """Wait for every rank."""
-        if not dist.is_initialized():
-            return
-        if name == "run-stage" and isinstance(self._launcher, ProcessLauncher):
-            # Lightning has registered its signal handlers a moment ago; they broadcast and deadlock.
-            preemption = self.save_when_preempted()
-            if preemption is None:
-                self._launcher.watch_signals()
-            else:
-                self._launcher.watch_signals(preemption.ask, grace_seconds=self.checkpoint_settings.sigterm_grace_s)
-        if self.root_device.type == "cpu":
-            dist.barrier()
-        else:
-            dist.barrier(device_ids=[self.root_device.index])
-
-    @override
-    def broadcast(self, obj: Any, src: int = 0) -> Any:
-        """Rank `src`'s picklable object, on every rank."""
-        if not dist.is_initialized() or self.world_size == 1:
-            return obj
-        box = [obj]
-        dist.broadcast_object_list(box, src)
-        return box[0]
-
-    @override
-    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        """Combine one value per data rank; tensor ranks saw the same samples and count once."""
-        if not isinstance(tensor, Tensor) or not dist.is_initialized():
-            return tensor
-        return reduce_over_data(tensor, self.layout, self.meshes.data_group if group is None else group, reduce_op)
-
-    @override
-    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
-        """One value per data rank: [data, ...]."""
-        if not dist.is_initialized():
-            return tensor
-        group = self.meshes.data_group if group is None else group
-        if group_size(group) == 1:
-            return tensor.unsqueeze(0) if sync_grads else tensor.detach().unsqueeze(0)
-        return super().all_gather(tensor, group=group, sync_grads=sync_grads)
-
-    @override
-    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:  # noqa: A002
-        """Whether all (or any) of the ranks decided so."""
-        if not dist.is_initialized() or self.world_size == 1:
-            return decision
-        flag = torch.tensor(int(decision), device=self.root_device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MIN if all else dist.ReduceOp.MAX)
-        return bool(flag.item())
 
     @property
     @override

@@ -112,7 +112,7 @@ def run_broken(rank: int, world_size: int, training: Training, what: str) -> Any
         return found
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(causal_lm, "attention_mask_4d", mask)
+        patch.setattr(sharded_causal_lm, "attention_mask_4d", mask)
         if what == "attention without a mask sees the future":
             patch.setattr(F, "scaled_dot_product_attention", sees_the_future)
         return run_rank(rank, world_size, training, TWO, WHOLE, "float64", [], None)
