@@ -59,6 +59,12 @@ TORCH = (
         "Silent: the router's bias is rounded to the weights' type.",
     ),
     Names(
+        "torch.nn.modules.module.Module",
+        "_modules _parameters _buffers",
+        "Order of what a replaced module registered, by which optimizers match saved states; it has no public setter.",
+        "AttributeError at conversion.",
+    ),
+    Names(
         "torch.utils",
         "_pytree",
         "Tensors inside nested containers, as torch's own operators and checkpoints nest them; it has no public name.",
@@ -448,6 +454,5 @@ NOT_PRIVATE = {
     "_ascend_sim_hook": "ours, in ascend_sim",
     "_lightning_npu_tp": "our mark on a converted model",
     "_lightning_npu_tp_weights": "likewise",
-    "_lightning_npu_tp_left_to_checkpoint": "likewise",
 }
 PRIVATE = (*TORCH, *DISTRIBUTED, *LIGHTNING, *OTHERS, *NPU)
