@@ -20,8 +20,10 @@ SANITIZED := $(patsubst %,tests/sim/test_%.py,streams runtime faults hccl hccl_f
 # there are the cores and 12 GB of memory.
 JOBS ?= 2
 WORKERS := -n $(JOBS) --dist loadfile
+# "not full" or "full"; all where nothing is said.
+CHOSEN = $(if $(SELECT),-m '$(SELECT)')
 
-.PHONY: install install-npu train test test-sim test-sanitized test-npu lint bench clean
+.PHONY: install install-npu train test test-all sessions test-sim test-sanitized test-npu lint bench clean
 
 install: $(STAMP)
 
@@ -53,20 +55,30 @@ install-npu: $(NPU_STAMP)
 train: $(STAMP)
 	$(RUN) train.py $(ARGS)
 
-# All sessions, the simulated ones also where the first fails; ARGS (a folder, -k …) goes to the first, which is then alone.
+# What a change needs to be trusted: each mechanism, each family and each layout once. ARGS (a folder, -k …) goes to the
+# first session, which is then alone, and has nothing left out.
 test: $(STAMP) $(if $(ARGS),,$(NPU_STAMP))
 ifneq ($(strip $(ARGS)),)
 	$(RUN) -m pytest $(ARGS)
 else
-	$(RUN) -m pytest $(WORKERS); first=$$?; $(MAKE) --no-print-directory test-sim; second=$$?; exit $$((first ? first : second))
+	@$(MAKE) --no-print-directory sessions SELECT='not full'
 endif
+
+# The full cross products beside it; which, is in tests/cross_products.py.
+test-all: $(STAMP) $(NPU_STAMP)
+	@$(MAKE) --no-print-directory sessions SELECT=full
+
+# The simulated sessions also where the first fails.
+sessions:
+	$(RUN) -m pytest -m '$(SELECT)' $(WORKERS); first=$$?; $(MAKE) --no-print-directory test-sim; second=$$?; \
+		exit $$((first ? first : second))
 
 # The real torch_npu on simulated cards; needs a C++ compiler.
 test-sim: $(NPU_STAMP)
 	@if [ -f $(NPU_VENV)/absent ]; then echo "skipped: $$(cat $(NPU_VENV)/absent)"; \
 		elif [ -n "$(strip $(ARGS))" ]; then $(NPU_RUN) -m ascend_sim run -n 4 -- -m pytest $(ARGS); \
-		else $(NPU_RUN) -m ascend_sim run -n 4 -- -m pytest $(FIRST); first=$$?; \
-		$(NPU_RUN) -m ascend_sim run -n 4 -- -m pytest $(WORKERS) $(SIMULATED); second=$$?; \
+		else $(NPU_RUN) -m ascend_sim run -n 4 -- -m pytest $(CHOSEN) $(FIRST); first=$$?; \
+		$(NPU_RUN) -m ascend_sim run -n 4 -- -m pytest $(CHOSEN) $(WORKERS) $(SIMULATED); second=$$?; \
 		exit $$((first ? first : second)); fi
 
 # Nightly, for hours: the files that exercise the simulator's own code, with its libraries under AddressSanitizer, then

@@ -10,6 +10,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from cross_products import mark
 
 from lightning_npu_tp.tools.testing.ranks import RankPool, run_ranks
 
@@ -21,6 +22,11 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 # What a launcher or a distributed run leaves in the environment and the next run would believe.
 RUN_VARIABLES = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what waits for `make test-all`."""
+    mark(items)
 
 
 def child_processes() -> list[str]:

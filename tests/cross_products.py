@@ -1,0 +1,120 @@
+"""Which tests wait for `make test-all`: cross products beyond each mechanism, each family and each layout once.
+
+`make test` is what a contributor waits for. Of the tests below it runs the cases that are named here, patterns of what
+stands in a case's brackets; all others are marked `full`, and `make test-all` runs them. An empty tuple leaves a test
+to `make test-all` as a whole, since another test has the same mechanism in a smaller form; a comment says which.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+
+import pytest
+
+IN_MAKE_TEST: dict[str, tuple[str, ...]] = {
+    # Every family and every layout once.
+    "test_every_family_in_every_layout_equals_transformers": (
+        "llama-1x2x2",
+        "qwen2-1x2x2-sliced",
+        "qwen3-2x2x2",
+        "mixtral-1x4x4",
+        "mixtral-4x1x2",
+        "olmoe-1x4x4-sliced",
+        "olmoe-4x1x4",
+        "qwen3_moe-2x1x2",
+        "qwen2_moe-2x2x4",
+        "deepseek_v3-2x2x2-sliced",
+        "deepseek_v3-2x2x4-sliced",
+        "uneven-2x2x4-sliced",
+    ),
+    "test_every_layout_equals_one_process": tuple(f"everything-sizes{i}-{bool(i % 2)}" for i in range(7)),
+    "test_a_sharded_training_run_equals_transformers_in_one_process": ("v2_lite-4", "uneven_vocabulary-4", "*-2"),
+    "test_router_losses_and_counts_do_not_depend_on_the_layout": (
+        "replicated-True",
+        "slices sent-False",
+        "all, recomputed-True",
+    ),
+    "test_the_same_run_twice_is_bit_identical": ("sizes2",),
+    "test_arithmetic_of_what_a_rank_holds_is_what_it_holds": ("sizes0-replicate", "sizes1-shard"),
+    "test_fewer_experts_than_replicas_and_tied_embeddings_over_data_ranks": ("sizes2",),
+    "test_replicated_tokens_give_the_numbers_of_one_process": ("*-2",),
+    "test_slices_of_the_sequence_give_the_whole_loss_and_each_its_part_of_the_gradient": ("*-uneven-masked",),
+    "test_a_training_step_has_no_host_sync_and_no_dynamic_shape": ("2-*-npu", "2-greedy-cuda"),
+    "test_all_to_all_asks_the_host_once_per_layer_and_never_backward": ("none-whole-npu", "block-slices-npu"),
+    "test_a_step_moves_hardly_more_than_its_layout_must": ("sizes0-*", "sizes5-*", "sizes8-*", "sizes10-*"),
+    "test_data_ranks_train_what_one_process_trains": ("*-2",),
+    "test_any_layout_resumes_from_any_other": ("tensor-both", "replicas-data"),
+    # 25 pairs of layouts; `test_any_layout_resumes_from_any_other` has two.
+    "test_every_layout_resumes_from_every_other": (),
+    # All layouts; tests/unit/tools/test_audit.py and `test_what_one_rank_does_is_found` have one.
+    "test_no_layout_of_ours_stalls": (),
+    "test_every_layout_holds_what_transformers_loads": ("deepseek_v2", "qwen2_moe", "llama"),
+    "test_a_round_trip_is_bit_identical": ("data 2 tensor 2 expert 4",),
+    "test_a_trained_model_says_the_same_in_transformers": ("deepseek_v3-*",),
+    "test_every_family_generates_in_transformers_what_the_trained_shards_generated": (),
+    "test_the_options_of_model_checkpoint_keep_working": ("background",),
+    "test_a_full_disk_can_be_survived_and_the_stand_in_goes_when_a_save_succeeds": ("background-1",),
+    "test_nothing_is_left_out_and_nothing_done_twice": ("max_steps",),
+    "test_a_resumed_run_goes_on_bit_for_bit": ("adamw",),
+    # Whole runs of train.py in processes of their own.
+    "test_a_preempted_run_saves_and_goes_on": ("child",),
+    # kill -9 in mid-run; `test_a_preempted_run_saves_and_goes_on` and tests/distributed/test_resume_ranks.py go on too.
+    "test_a_run_that_is_killed_and_gone_on_with_ends_as_if_it_had_not_been": (),
+    "test_rows_that_a_kill_took_come_back": (),
+    "test_a_module_that_knows_nothing_of_us_trains": ("meta",),
+    "test_train_from_a_folder": ("pretrained",),
+    "test_more_devices_train_the_same_model_in_one_folder": ("2",),
+    # tests/distributed/test_launcher_sweep.py has sweeps, of lighter jobs.
+    "test_a_sweep_gives_every_job_a_folder_and_goes_on_after_a_failure": (),
+    "test_the_first_job_of_a_sweep_may_fail_on_two_devices_and_the_second_trains_on_one": (),
+    "test_a_sweep_in_one_process_gives_each_job_its_own_ranks_and_leaks_nothing": (),
+    "test_a_documented_command_runs": (
+        "python train.py data=chat*",
+        "torchrun*",
+        "*show-data*",
+        "*consolidate_checkpoint*",
+    ),
+    # A cut link between two network namespaces; `test_ranks_that_slurm_starts_on_two_nodes…` has two hosts.
+    "test_two_hosts_train_as_one_and_a_cut_link_ends_both_with_the_silent_hosts_name": (),
+    # On simulated cards. All operators that torch describes, in one test.
+    "test_the_operators_of_torch_compute_on_the_card_what_they_compute_on_the_cpu": (),
+    "test_data_arrives_bit_by_bit": ("2",),
+    "test_a_layout_on_four_cards_learns_as_one_process_on_the_cpu": (
+        "tensor 4",
+        "data 4, experts 4",
+        "data 2, tensor 2, experts 4, slices, recompute",
+    ),
+    "test_a_layout_on_cards_is_proven_as_closely_as_on_the_cpu": ("data 2, tensor 2, slices",),
+    "test_the_default_job_on_cards_has_the_numbers_of_one_process": ("tensor 4, slices, reference kernels",),
+    "test_a_swallowed_error_is_read_in_the_log": ("acl_thread",),
+    "test_a_run_whose_queue_is_dead_ends_with_the_cause_and_without_a_checkpoint": ("saving",),
+    # Ends of a run with a dead queue; `test_a_trainer_that_hangs_is_ended_with_the_error` has one.
+    "test_one_that_hangs_on_its_way_out_is_ended_even_if_it_holds_the_interpreters_lock": (),
+    "test_one_that_hangs_on_its_way_out_is_not_interrupted_again_but_ended": (),
+    "test_a_rank_that_hangs_over_its_dead_queue_is_reported_with_the_cause": (),
+    "test_a_queue_that_is_busy_is_not_taken_for_a_dead_one": (),
+    "test_sixteen_bits_train_as_float32_but_for_their_rounding": ("bf16-mixed",),
+    # tests/sim/test_float64.py proves layouts too, to more digits.
+    "test_a_layout_on_several_cards_is_proven": (),
+}
+
+
+def mark(items: Iterable[pytest.Item]) -> None:
+    """Give the marker `full` to the collected tests that wait for `make test-all`.
+
+    Raises UsageError where none of several cases of a product is one that stays in `make test`.
+    """
+    verdicts: dict[str, list[bool]] = {}
+    for item in items:
+        name, bracket, case = item.name.partition("[")
+        patterns = IN_MAKE_TEST.get(name)
+        if patterns is not None:
+            kept = bool(bracket) and any(fnmatchcase(case[:-1], pattern) for pattern in patterns)
+            verdicts.setdefault(name, []).append(kept)
+            if not kept:
+                item.add_marker(pytest.mark.full)
+    for name, kept_cases in verdicts.items():
+        # One case alone was asked for by its name.
+        if IN_MAKE_TEST[name] and len(kept_cases) > 1 and not any(kept_cases):
+            raise pytest.UsageError(f"No case of {name} is in `make test`: none matches {IN_MAKE_TEST[name]}.")
