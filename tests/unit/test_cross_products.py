@@ -1,5 +1,5 @@
-"""Catches a name in tests/cross_products.py that no test has any more, so that a product would silently run whole, and a
-kept case that is gone, so that `make test` would silently run none."""
+"""Catches a name in tests/cross_products.py that no test has any more, so that a product would silently run whole, and
+a kept case that is gone, so that `make test` would silently run none."""
 
 from __future__ import annotations
 
