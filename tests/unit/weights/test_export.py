@@ -137,8 +137,9 @@ def test_a_name_table_that_swaps_two_parts_is_found_by_transformers(
 ) -> None:
     from dataclasses import replace
 
+    from lightning_npu_tp.models.families.common import expert_keys
     from lightning_npu_tp.models.families.registry import family_named
-    from lightning_npu_tp.models.file_names import KeyTable, expert_keys
+    from lightning_npu_tp.models.file_names import KeyTable
 
     wrong = KeyTable(expert_keys("*.mlp.experts", gate="up_proj", up="gate_proj"))
     family = replace(family_named(FAMILY), keys=lambda config: wrong)
