@@ -22,7 +22,7 @@ from lightning_npu_tp.errors import CheckpointError
 AUTO, LAST, BEST = "auto", "last", "best"
 
 
-class Nothing(dict[str, Any]):
+class NoCheckpoint(dict[str, Any]):
     """What "auto" loads where there is no checkpoint: false even when Lightning has written its version into it."""
 
     def __bool__(self) -> bool:

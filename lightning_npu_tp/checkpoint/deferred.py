@@ -29,7 +29,7 @@ def goes_on(trainer: Trainer) -> bool:
     return trainer.state.status == TrainerStatus.RUNNING
 
 
-class Postponed:
+class DeferredSaves:
     """The checkpoints that wait for the end of the step, in order, and the removals that wait for them."""
 
     def __init__(self) -> None:

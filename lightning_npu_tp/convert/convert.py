@@ -34,7 +34,7 @@ from lightning_npu_tp.errors import ConfigError, ConversionError
 from lightning_npu_tp.kernels import Kernels
 from lightning_npu_tp.models.families.family import BuildContext, ModelFamily
 from lightning_npu_tp.models.families.registry import FAMILIES, find_models
-from lightning_npu_tp.models.layers.sharded_causal_lm import ATTENTION_NAME, become
+from lightning_npu_tp.models.layers.sharded_causal_lm import ATTENTION_NAME, mix_in
 from lightning_npu_tp.parallel.layout import (
     DISPATCH,
     Dispatch,
@@ -191,7 +191,7 @@ def _convert_one(model_name: str, model: nn.Module, family: ModelFamily, setup: 
         report.dispatch = context.dispatch
     report.swapped = swap_modules(swaps, family, context)
     for path, mixin in family.mixins.items():
-        become(model.get_submodule(path), mixin)
+        mix_in(model.get_submodule(path), mixin)
         model.get_submodule(path).region = context.region  # type: ignore[assignment]
     left = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     assert left == list(specs), f"swapping changed parameters' names or their order: {left} were {list(specs)}"
@@ -302,7 +302,7 @@ def _targets(
     return targets
 
 
-def adopt(root: nn.Module, meshes: Meshes) -> list[Groups]:
+def rebind_converted(root: nn.Module, meshes: Meshes) -> list[Groups]:
     """Let models that an earlier trainer call converted use the process groups of `meshes`.
 
     Their parameters' meshes name the groups; the groups that a new process group of the same layout

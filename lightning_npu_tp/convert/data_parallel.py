@@ -127,7 +127,7 @@ def reduce_gradients(root: nn.Module, enabled: bool) -> None:
         module.set_requires_gradient_sync(enabled)
 
 
-def abandon_step(root: nn.Module) -> None:
+def reset_after_failed_step(root: nn.Module) -> None:
     """Let FSDP forget a forward or backward pass that an error ended, and its gradients: parameters are slices again.
 
     Before torch 2.13 there is no way to.

@@ -178,7 +178,7 @@ class _FinishExchange(torch.autograd.Function):
 
 
 @dataclass(frozen=True)
-class Arriving:
+class PendingRows:
     """Rows on their way; other work may be done before `wait`."""
 
     _rows: Tensor
@@ -193,7 +193,7 @@ class Arriving:
 
 def start_exchange(
     rows_ND: Tensor, send_rows: Sequence[int], recv_rows: Sequence[int], group: dist.ProcessGroup | None
-) -> Arriving:
+) -> PendingRows:
     """Begin to send each row to the rank that owns its expert (all-to-all with uneven splits).
 
     rows_ND:   local [N, ...], sorted by destination rank.
@@ -217,6 +217,6 @@ def start_exchange(
     if size == 1:
         if send != recv:
             raise CountMismatch(f"a group of one receives what it sends, but send_rows={send}, recv_rows={recv}.")
-        return Arriving(rows_ND.clone(), None)
+        return PendingRows(rows_ND.clone(), None)
     transfer = _Transfer(send, recv, group)  # type: ignore[arg-type]
-    return Arriving(_StartExchange.apply(rows_ND, transfer), transfer)
+    return PendingRows(_StartExchange.apply(rows_ND, transfer), transfer)

@@ -195,7 +195,7 @@ class Meshes:
         """Ranks among which the experts are divided."""
         return self.expert[EXPERT_AXIS].get_group()
 
-    def let_go(self) -> None:
+    def drop_groups(self) -> None:
         """Drop the groups, which are about to be destroyed.
 
         DTensor's caches keep meshes for as long as the process lives, and a mesh its groups: their connections and
@@ -234,7 +234,7 @@ class Groups:
     def close(self) -> None:
         """Forget the groups; called when the process group is destroyed."""
         if self.meshes is not None:
-            self.meshes.let_go()
+            self.meshes.drop_groups()
         self._closed = self._tensor is not None or self._expert is not None
         self._tensor = self._expert = None
 

@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_npu_tp.checkpoint import choose, identity, rank_state, reader, training_state, writer
-from lightning_npu_tp.checkpoint.deferred import Postponed, goes_on, step_is_half_made
+from lightning_npu_tp.checkpoint.deferred import DeferredSaves, goes_on, step_is_half_made
 from lightning_npu_tp.checkpoint.manifest import Manifest
 from lightning_npu_tp.checkpoint.peers import PeerFailure, Peers
 from lightning_npu_tp.checkpoint.saves import Saves
@@ -75,7 +75,7 @@ class CheckpointHooks(ParallelStrategy):
     def _set_up_checkpoints(self, settings: CheckpointSettings) -> None:
         self._checkpoints = settings
         self._saves = Saves(stop=settings.on_save_error == "stop")
-        self._postponed = Postponed()
+        self._deferred = DeferredSaves()
         # A fit's own; `setup` makes it and gives it to the loops.
         self._resume = Resume()
         # Collectives of a save in the background must not mix with those of training.
@@ -123,7 +123,7 @@ class CheckpointHooks(ParallelStrategy):
         trainer = self._module.trainer
         if "optimizer_states" in checkpoint and step_is_half_made(trainer):
             if goes_on(trainer) and not self._flushing:
-                self._postponed.add(Path(os.path.abspath(self.broadcast(filepath))))
+                self._deferred.add(Path(os.path.abspath(self.broadcast(filepath))))
                 rank_zero_info(f"{filepath} was asked for within an optimizer step; it is saved at the step's end.")
                 return
             rank_zero_warn(
@@ -183,9 +183,9 @@ class CheckpointHooks(ParallelStrategy):
             self._preemption = Preemption()
         return self._preemption
 
-    def _save_postponed(self) -> None:
+    def _save_deferred(self) -> None:
         """Save what was asked for within the step, and remove what was to make room for it."""
-        saves, removals = self._postponed.take()
+        saves, removals = self._deferred.take()
         self._flushing = True
         try:
             for path in saves:
@@ -197,7 +197,7 @@ class CheckpointHooks(ParallelStrategy):
 
     def after_step(self) -> None:
         """At the end of every optimizer step: save what waits; if the job is to end, save and end it on all ranks."""
-        self._save_postponed()
+        self._save_deferred()
         trainer = self._module.trainer
         if self._preemption is None or not self._preemption.due(trainer.global_step):
             return
@@ -219,7 +219,7 @@ class CheckpointHooks(ParallelStrategy):
     def on_train_end(self) -> None:
         """Have every checkpoint on disk, and say again which are missing."""
         # Where training was stopped within a step, that step never ends.
-        self._save_postponed()
+        self._save_deferred()
         self.wait_for_checkpoints()
         self._saves.report()
 
@@ -238,7 +238,7 @@ class CheckpointHooks(ParallelStrategy):
     def remove_checkpoint(self, filepath: Any) -> None:
         """Delete a checkpoint, after the save in flight and only if that is good; rank 0 does it."""
         path = Path(os.path.abspath(filepath))
-        if not self._postponed.remove(path) and self.is_global_zero:
+        if not self._deferred.remove(path) and self.is_global_zero:
             self._saves.remove(path)
 
     # --- loading -------------------------------------------------------------------------------
@@ -269,7 +269,7 @@ class CheckpointHooks(ParallelStrategy):
             if chosen is None:
                 # What Lightning would say that it restored.
                 self._module.trainer.ckpt_path = None
-                return choose.Nothing({"pytorch-lightning_version": lightning.__version__})
+                return choose.NoCheckpoint({"pytorch-lightning_version": lightning.__version__})
             checkpoint_path = chosen
         path, manifest = reader.open_checkpoint(
             # Rank 0 has compared the checksums of what it chose.

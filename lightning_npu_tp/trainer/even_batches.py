@@ -74,7 +74,7 @@ class EvenBatches(Sampler[list[int]]):
         return len(self._sizes) // self._ranks
 
 
-def count_once(loader: Any) -> Any:
+def without_repeated_samples(loader: Any) -> Any:
     """Let a data loader that would repeat samples, or run dry on some ranks only, do neither; changed in place.
 
     Left alone: loaders that are shuffled (training), that divide evenly, or whose sampler is of

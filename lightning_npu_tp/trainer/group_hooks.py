@@ -56,7 +56,7 @@ class GroupHooks(CheckpointHooks):
         self._hccl_told: list[str] = []
         self._backend = backend
         self._groups = Groups()
-        self._adopted: list[Groups] = []
+        self._converted_before: list[Groups] = []
         self._reduces_gradients = True
 
     # --- open and close ------------------------------------------------------------------------
@@ -102,7 +102,7 @@ class GroupHooks(CheckpointHooks):
         if module is not None and module._trainer is not None:
             require_agreement(run_settings(module.trainer, module, self))
         meshes = Meshes.build(self.layout, self.root_device.type, timeout=self._timeout, buffers_mb=buffers_mb)
-        for groups in (self._groups, *self._adopted):
+        for groups in (self._groups, *self._converted_before):
             groups.bind(meshes)
 
     @contextmanager
@@ -129,7 +129,7 @@ class GroupHooks(CheckpointHooks):
                 self._hccl_report.undo()
                 self._hccl_report = None
 
-        groups = [groups.close for groups in (self._groups, *self._adopted)]
+        groups = [groups.close for groups in (self._groups, *self._converted_before)]
         steps: tuple[Callable[[], object], ...] = (
             self._end_saves,
             *groups,

@@ -195,7 +195,7 @@ class FitLoop(_FitLoop):
             _Loop.restarting.fset(self, False)  # type: ignore[attr-defined]
 
 
-def use_quiet_epoch_loop(trainer: Trainer, resume: Resume) -> None:
+def install_loops(trainer: Trainer, resume: Resume) -> None:
     """Put this file's loops in the place of the trainer's own, with all their state; a loop of a user's stays.
 
     resume: of the fit that begins.
@@ -216,7 +216,7 @@ def _with_state_of(stock: Any, own: Any) -> Any:
     return own
 
 
-def take_results_off(trainer: Trainer, *, lost: bool) -> None:
+def move_results_to_host(trainer: Trainer, *, lost: bool) -> None:
     """Move what a failed run has logged to the host, or forget it, before Lightning does and replaces the error.
 
     lost: the device is not to be asked.

@@ -33,10 +33,10 @@ from typing_extensions import override
 
 from lightning_npu_tp import kernels as kernel_choice
 from lightning_npu_tp.checkpoint.choose import asked_for
-from lightning_npu_tp.convert.convert import Options, adopt, convert, materialize_rest
+from lightning_npu_tp.convert.convert import Options, convert, materialize_rest, rebind_converted
 from lightning_npu_tp.convert.data_parallel import (
     DataParallel,
-    abandon_step,
+    reset_after_failed_step,
 )
 from lightning_npu_tp.devices.device import idle_npus
 from lightning_npu_tp.devices.hccl_settings import HcclSettings
@@ -55,10 +55,10 @@ from lightning_npu_tp.parallel.layout import Dispatch, Layout, Meshes, Size, res
 from lightning_npu_tp.parallel.recompute import Recompute
 from lightning_npu_tp.trainer import module_setup
 from lightning_npu_tp.trainer.checkpoint_settings import CheckpointSettings, OnSaveError, refuse_removed
-from lightning_npu_tp.trainer.even_batches import count_once
+from lightning_npu_tp.trainer.even_batches import without_repeated_samples
 from lightning_npu_tp.trainer.explain_error import may_hang, noted
 from lightning_npu_tp.trainer.group_hooks import GroupHooks
-from lightning_npu_tp.trainer.loops import evaluate_without_inference_mode, take_results_off, use_quiet_epoch_loop
+from lightning_npu_tp.trainer.loops import evaluate_without_inference_mode, install_loops, move_results_to_host
 from lightning_npu_tp.trainer.precision import precision_dtype, rebuild_precision
 from lightning_npu_tp.trainer.resume import Resume
 from lightning_npu_tp.trainer.start_table import summary_table
@@ -264,7 +264,7 @@ class NPUTensorParallelStrategy(GroupHooks):
     @override
     def process_dataloader(self, dataloader: Any) -> Any:
         """Let an evaluation see each sample once, in as many batches on every data rank."""
-        return count_once(dataloader)
+        return without_repeated_samples(dataloader)
 
     # --- process group -------------------------------------------------------------------------
 
@@ -320,10 +320,10 @@ class NPUTensorParallelStrategy(GroupHooks):
         if trainer.state.fn == TrainerFn.FITTING:
             _optimizers_to_device(self.optimizers, self.root_device)
             self._resume = Resume()
-            use_quiet_epoch_loop(trainer, self._resume)
+            install_loops(trainer, self._resume)
 
     def _convert_models(self, module: LightningModule) -> None:
-        self._adopted = adopt(module, self.meshes)
+        self._converted_before = rebind_converted(module, self.meshes)
         seed = torch.initial_seed() if self._init_seed is None else self._init_seed
         if self._convert is not None:
             if not any(isinstance(parameter, DTensor) for parameter in module.parameters()):
@@ -386,13 +386,13 @@ class NPUTensorParallelStrategy(GroupHooks):
         self._card_failed = False
         if failing:
             assert trainer is not None
-            take_results_off(trainer, lost=lost)
+            move_results_to_host(trainer, lost=lost)
 
         def module_to_cpu() -> None:
             # After a failed conversion there is nothing to move, and the attempt would hide why it failed.
             if module is not None and not any(parameter.is_meta for parameter in module.parameters()):
                 if failing:
-                    abandon_step(module)
+                    reset_after_failed_step(module)
                 module.cpu()
 
         to_cpu = (lambda: _optimizers_to_device(self.optimizers, torch.device("cpu")), module_to_cpu)

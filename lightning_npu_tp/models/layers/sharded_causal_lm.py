@@ -258,7 +258,7 @@ def _token_mask(attention_mask: Tensor | None) -> Tensor | None:
 _SUBCLASSES: dict[tuple[type, type], type] = {}
 
 
-def become(module: nn.Module, mixin: type) -> None:
+def mix_in(module: nn.Module, mixin: type) -> None:
     """Make `module` an instance of its class with `mixin` in it, keeping its state; twice is once.
 
     module: of a list, each of its children becomes one. The mixin's forward takes the place of transformers'; that of
@@ -268,7 +268,7 @@ def become(module: nn.Module, mixin: type) -> None:
     """
     if isinstance(module, nn.ModuleList):
         for child in module:
-            become(child, mixin)
+            mix_in(child, mixin)
     elif not isinstance(module, mixin):
         if mixin is ShardedDecoderLayer:
             _check_parts(module)

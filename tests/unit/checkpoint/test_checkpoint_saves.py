@@ -193,18 +193,18 @@ def test_what_makes_room_for_a_checkpoint_that_waits_goes_only_once_that_is_save
     module = SimpleNamespace(trainer=SimpleNamespace(save_checkpoint=save))
     monkeypatch.setattr(NPUTensorParallelStrategy, "_module", module)
     for path in (never, new, new):
-        strategy._postponed.add(path)
+        strategy._deferred.add(path)
     # Of two that are asked for within one step, ModelCheckpoint may keep one.
     strategy.remove_checkpoint(never)
     strategy.remove_checkpoint(old)
     assert old.exists()
     if fails:
         with pytest.raises(CheckpointError):
-            strategy._save_postponed()
+            strategy._save_deferred()
     else:
-        strategy._save_postponed()
+        strategy._save_deferred()
     assert seen == [(new, True)] and old.exists() == fails
-    strategy._save_postponed()
+    strategy._save_deferred()
     assert len(seen) == 1
     strategy.remove_checkpoint(old)
     assert not old.exists()

@@ -19,7 +19,7 @@ from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Decod
 from lightning_npu_tp.convert.convert import Options, convert
 from lightning_npu_tp.errors import ConversionError
 from lightning_npu_tp.kernels import select
-from lightning_npu_tp.models.layers.sharded_causal_lm import ShardedDecoderLayer, become
+from lightning_npu_tp.models.layers.sharded_causal_lm import ShardedDecoderLayer, mix_in
 from lightning_npu_tp.parallel.forward_pass import ForwardPass, Memory
 from lightning_npu_tp.parallel.layout import Groups, Layout, Meshes
 from lightning_npu_tp.parallel.tensor_region import Region
@@ -122,7 +122,7 @@ def test_a_layer_with_other_parts_is_refused_by_name() -> None:
     layer = reference_model(tiny_config("llama")).model.layers[0]
     layer.another_norm = torch.nn.Identity()
     with pytest.raises(ConversionError, match=r"LlamaDecoderLayer has the parts \['another_norm', 'input_layernorm'"):
-        become(layer, ShardedDecoderLayer)
+        mix_in(layer, ShardedDecoderLayer)
 
 
 def test_a_second_run_is_told_what_the_first_one_decided_and_its_losses_go_nowhere() -> None:

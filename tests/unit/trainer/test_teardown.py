@@ -16,7 +16,7 @@ from lightning_npu_tp import NPUTensorParallelStrategy
 from lightning_npu_tp.errors import CheckpointError, RankFailure
 from lightning_npu_tp.launch.signals import TERMINATED, SignalWatch
 from lightning_npu_tp.trainer.explain_error import may_hang
-from lightning_npu_tp.trainer.loops import take_results_off
+from lightning_npu_tp.trainer.loops import move_results_to_host
 from lightning_npu_tp.trainer.teardown import close_all
 
 
@@ -126,7 +126,7 @@ def test_what_was_logged_on_a_failed_card_is_let_go_before_lightning_asks_for_it
     names = ("_progress_bar_metrics", "_logged_metrics", "_callback_metrics")
     trainer = SimpleNamespace(_active_loop=SimpleNamespace(epoch_loop=epochs))
     trainer._logger_connector = SimpleNamespace(**dict(zip(names, logged, strict=True)))
-    take_results_off(trainer, lost=lost)
+    move_results_to_host(trainer, lost=lost)
     assert logged == [{"b": here, "c": 1.0}] * 3
     assert not broken and Unreadable.asked == asked
     assert bool(fine) is not lost
