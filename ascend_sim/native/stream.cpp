@@ -35,7 +35,19 @@ struct Event {
 // A record on its way keeps the event alive when the program destroys it.
 using EventHandle = std::shared_ptr<Event>;
 
-EventHandle& event_of(void* handle) { return *static_cast<EventHandle*>(handle); }
+// Threads hand events to each other by ways of torch_npu that no sanitizer sees.
+std::mutex events_mutex;
+
+EventHandle event_of(void* handle) {
+  std::lock_guard<std::mutex> lock(events_mutex);
+  return *static_cast<EventHandle*>(handle);
+}
+
+int create_event(void** event) {
+  std::lock_guard<std::mutex> lock(events_mutex);
+  *event = new EventHandle(std::make_shared<Event>());
+  return kOk;
+}
 
 int64_t now_ns() {
   auto now = std::chrono::steady_clock::now().time_since_epoch();
@@ -255,16 +267,15 @@ ASCEND_SIM_API int aclrtSetStreamAttribute(void*, int, void*) { return kOk; }
 
 ASCEND_SIM_API int aclrtCreateEventWithFlag(void** event, uint32_t) {
   ASCEND_SIM_ENTER;
-  *event = new EventHandle(std::make_shared<Event>());
-  return kOk;
+  return create_event(event);
 }
 ASCEND_SIM_API int aclrtCreateEventExWithFlag(void** event, uint32_t) {
   ASCEND_SIM_ENTER;
-  *event = new EventHandle(std::make_shared<Event>());
-  return kOk;
+  return create_event(event);
 }
 ASCEND_SIM_API int aclrtDestroyEvent(void* event) {
   ASCEND_SIM_ENTER;
+  std::lock_guard<std::mutex> lock(events_mutex);
   delete static_cast<EventHandle*>(event);
   return kOk;
 }
