@@ -71,7 +71,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def with_files(word: str, files: dict[str, str]) -> str:
-    """`data.paths=[texts]` -> `data.paths=[/tmp/…/texts]`; a name must be a whole value."""
+    """`data.paths=[texts]` -> `data.paths=[FOLDER/texts]`; a name must be a whole value."""
     key, equals, value = word.rpartition("=")
     inner = value.strip("[]")
     return f"{key}{equals}{value.replace(inner, files[inner])}" if inner in files else word
