@@ -31,6 +31,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from lightning_npu_tp.devices.device import import_torch_npu
 from lightning_npu_tp.errors import ConfigError, RankFailure
 from lightning_npu_tp.launch.parent_death import die_with_parent
 
@@ -293,6 +294,9 @@ def _run(call: _Call, rank: int, world_size: int, pipe: connection.Connection) -
         # From here the time counts.
         _send(pipe, (True, None))
         if call.backend is not None:
+            if "hccl" in call.backend:
+                # It registers its backend with torch; nothing that a rank has imported so far needs it.
+                import_torch_npu()
             dist.init_process_group(
                 call.backend,
                 store=dist.FileStore(call.store, world_size),
