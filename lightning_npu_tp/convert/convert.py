@@ -34,7 +34,7 @@ from lightning_npu_tp.errors import ConfigError, ConversionError
 from lightning_npu_tp.kernels import Kernels
 from lightning_npu_tp.models.families.family import BuildContext, ModelFamily
 from lightning_npu_tp.models.families.registry import FAMILIES, find_models
-from lightning_npu_tp.models.layers.sharded_causal_lm import ATTENTION_NAME, mix_in
+from lightning_npu_tp.models.layers.sharded_causal_lm import ATTENTION_NAME, check_parts, mix_in
 from lightning_npu_tp.parallel.layout import (
     DISPATCH,
     Dispatch,
@@ -181,6 +181,8 @@ def _convert_one(model_name: str, model: nn.Module, family: ModelFamily, setup: 
     family.check(config)
     specs = _specs(model, family, config, setup)
     swaps = find_swaps(model, family, config)
+    for path, mixin in family.mixins.items():
+        check_parts(model.get_submodule(path), mixin)
 
     # From here on the model changes.
     names, buffers = _names(model), model.state_dict().keys() - specs.keys()
@@ -206,7 +208,7 @@ def _convert_one(model_name: str, model: nn.Module, family: ModelFamily, setup: 
         for name in aliases:
             set_parameter(model, name, sharded)
     if setup.options.recompute == "block":
-        recompute_layers(model, context.config)
+        recompute_layers(model, context.region, context.config)
     if layout.data > 1:
         parallelize_over_data(model, family.layers, setup.meshes, setup.options.data_parallel)
     if source:

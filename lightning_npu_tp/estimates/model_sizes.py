@@ -63,7 +63,7 @@ class ModelSizes:
             hidden=config.hidden_size,
             vocabulary=config.vocab_size,
             layers=config.num_hidden_layers,
-            sparse_layers=family.num_sparse_layers(config) if family else 0,
+            sparse_layers=_sparse_layers(config, family),
             heads=heads,
             key_heads=heads if latent else config.num_key_value_heads,
             key_dim=config.qk_nope_head_dim + config.qk_rope_head_dim if latent else head_dim,
@@ -79,3 +79,13 @@ class ModelSizes:
             shared_gate=hasattr(config, "shared_expert_intermediate_size"),
             head_norms=family is not None and family.head_norms,
         )
+
+
+def _sparse_layers(config: Any, family: ModelFamily | None) -> int:
+    if family is None:
+        return 0
+    try:
+        return family.num_sparse_layers(config)
+    except AttributeError:
+        # Of a family that is not known, read as one with the same setting for experts: it says nothing of dense layers.
+        return int(config.num_hidden_layers)

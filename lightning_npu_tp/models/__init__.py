@@ -16,15 +16,17 @@ if TYPE_CHECKING:
     from lightning_npu_tp.models.layers.linear import RMSNorm, ShardedLinear, ShardedMLP
     from lightning_npu_tp.models.layers.mla import MLAttention
     from lightning_npu_tp.models.layers.rotary import RotaryTables
-    from lightning_npu_tp.models.layers.sharded_causal_lm import ShardedCausalLM, ShardedDecoder
+    from lightning_npu_tp.models.layers.sharded_causal_lm import ShardedCausalLM, ShardedDecoder, ShardedDecoderLayer
     from lightning_npu_tp.models.layers.vocab import VocabEmbedding, VocabHead
     from lightning_npu_tp.models.moe.block import MoEBlock
+    from lightning_npu_tp.parallel.forward_pass import ForwardPass
     from lightning_npu_tp.parallel.plan import Columns, Experts, Plan, Replicated, Rows, Rule, Vocab
 
 __all__ = [
     "BuildContext",
     "Columns",
     "Experts",
+    "ForwardPass",
     "GroupedQueryAttention",
     "KeyTable",
     "MLAttention",
@@ -38,6 +40,7 @@ __all__ = [
     "Rule",
     "ShardedCausalLM",
     "ShardedDecoder",
+    "ShardedDecoderLayer",
     "ShardedLinear",
     "ShardedMLP",
     "Vocab",
@@ -52,13 +55,14 @@ __getattr__, __dir__ = lazy_names(
         "models.families.family": "BuildContext ModelFamily",
         "models.families.registry": "supported",
         "models.file_names": "KeyTable",
-        "models.layers.sharded_causal_lm": "ShardedCausalLM ShardedDecoder",
+        "models.layers.sharded_causal_lm": "ShardedCausalLM ShardedDecoder ShardedDecoderLayer",
         "models.layers.gqa": "GroupedQueryAttention",
         "models.layers.linear": "RMSNorm ShardedLinear ShardedMLP",
         "models.layers.mla": "MLAttention",
         "models.layers.rotary": "RotaryTables",
         "models.layers.vocab": "VocabEmbedding VocabHead",
         "models.moe.block": "MoEBlock",
+        "parallel.forward_pass": "ForwardPass",
         "parallel.plan": "Columns Experts Plan Replicated Rows Rule Vocab",
     },
 )

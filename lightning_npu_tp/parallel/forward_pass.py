@@ -77,14 +77,14 @@ class ForwardPass:
         """The result of `compute`, or in a second run what it was in the first."""
         return compute() if self.memory is None else self.memory.remember(compute)
 
-    def next_run(self, memory: Memory) -> ForwardPass:
-        """This pass for the next run of a recomputed layer, whose `memory` is kept between its runs.
-
-        Balance losses of a second run go nowhere: they would keep alive all that was computed again.
-        """
-        memory.begin_run()
+    def with_memory(self, memory: Memory) -> ForwardPass:
+        """This pass for the first run of a recomputed layer, whose `memory` is kept between its runs."""
         step = copy.copy(self)
         step.memory = memory
-        if memory.num_runs > 1:
-            step.balance_losses, step.layers = [], []
+        return step
+
+    def without_results(self, memory: Memory) -> ForwardPass:
+        """This pass for the runs after the first: balance losses of those go nowhere."""
+        step = self.with_memory(memory)
+        step.balance_losses, step.layers = [], []
         return step

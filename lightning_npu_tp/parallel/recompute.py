@@ -18,23 +18,32 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_npu_tp.errors import ConfigError
 from lightning_npu_tp.parallel.forward_pass import ForwardPass, Memory
+from lightning_npu_tp.parallel.tensor_region import Region
 
 Recompute = Literal["none", "moe", "block"]
 RECOMPUTE: tuple[Recompute, ...] = ("none", "moe", "block")
 
 
-def checkpointed(keep_random_state: bool, layer: partial[Any], *args: Any) -> Any:
+def checkpointed(region: Region, keep_random_state: bool, layer: partial[Any], *args: Any) -> Any:
     """Run `layer(*args)` and keep no activations; it runs again when the backward pass needs them.
 
+    region:            of the model; a layer that is called by itself gets a pass of its own over it.
     keep_random_state: for layers with dropout; costs a read of the device's generator.
     layer:             forward of a decoder layer with its keyword arguments, as transformers hands it over; `step`
                        among them is the ForwardPass, which each run gets with the layer's memory in it.
     """
-    step: ForwardPass | None = layer.keywords.get("step")
+    settings = dict(layer.keywords)
+    step = settings.pop("step", None) or ForwardPass(region)
     memory = Memory()
+    # The graph keeps this function, and the pass knows losses that hold the graph: nobody would ever free that circle.
+    # So the first run takes the pass along, and those after it get a copy without losses.
+    first, again = [step.with_memory(memory)], step.without_results(memory)
+    forward = partial(layer.func, *layer.args, **settings)
+    del layer, step
 
     def run(*args: Any) -> Any:
-        return layer(*args) if step is None else layer(*args, step=step.next_run(memory))
+        memory.begin_run()
+        return forward(*args, step=first.pop() if first else again)
 
     return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=keep_random_state)
 
@@ -44,12 +53,12 @@ def has_dropout(config: object) -> bool:
     return any("dropout" in name and isinstance(value, float) and value > 0 for name, value in vars(config).items())
 
 
-def recompute_layers(model: Any, config: object) -> None:
+def recompute_layers(model: Any, region: Region, config: object) -> None:
     """Let every decoder layer of a transformers model run `checkpointed` while it trains.
 
     Uses transformers' own switch, which leaves FSDP's hooks outside. Raises ConfigError for a model without it.
     """
-    run = partial(checkpointed, has_dropout(config))
+    run = partial(checkpointed, region, has_dropout(config))
     switched = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
     for module in switched:
         module.gradient_checkpointing = True

@@ -195,6 +195,12 @@ def _bar_that_ends_at(size: int) -> Any:
                 raise OSError(f"the server sends more than the {size:,} bytes that the hub names")
             return super().update(n)
 
+        def update_transfer(self, n: float | None = 1) -> None:
+            """What hf_xet has received over the network, which may be more than the file: not counted."""
+
+        def set_transfer_postfix_str(self, *args: Any, **kwargs: Any) -> None:
+            """hf_xet's speed, which is not shown."""
+
     return Bar
 
 

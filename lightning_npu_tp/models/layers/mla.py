@@ -64,7 +64,7 @@ class MLAttention(nn.Module):
             return self.q_proj(entered), region.outside(hidden_BSD, entered)
         # With whole activations only the latents enter, which are narrower.
         alike = region.enter(hidden_BSD) if region.is_sliced else hidden_BSD
-        latent = self.q_a_layernorm(self.q_a_proj(alike, step), step)
+        latent = self.q_a_layernorm(self.q_a_proj(alike, step=step), step=step)
         return self.q_b_proj(region.share(latent)), alike
 
     @override
@@ -90,8 +90,8 @@ class MLAttention(nn.Module):
         q_nope, q_rope = q_BSHE.split([self.nope_dim, self.rope_dim], dim=-1)
         q_BSHE = torch.cat((q_nope, self.rotate(q_rope, cos, sin)), dim=-1)
 
-        latent, k_rope = self.kv_a_proj_with_mqa(alike, step).split([self.kv_lora_rank, self.rope_dim], dim=-1)
-        latent = self.kv_a_layernorm(latent, step)
+        latent, k_rope = self.kv_a_proj_with_mqa(alike, step=step).split([self.kv_lora_rank, self.rope_dim], dim=-1)
+        latent = self.kv_a_layernorm(latent, step=step)
         k_rope = self.rotate(k_rope[:, :, None], cos, sin)
         if past_key_values is not None:
             latent, k_rope = past_key_values.update(latent[:, None], k_rope.transpose(1, 2), self.layer_idx)

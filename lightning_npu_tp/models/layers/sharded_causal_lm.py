@@ -8,6 +8,7 @@ and all three hand the ForwardPass on, to every module that needs to know of sli
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -64,7 +65,10 @@ def attention_mask_4d(
 
 
 class ShardedDecoderLayer(nn.Module):
-    """Mixin for a decoder layer of two halves, attention and MLP, each with a norm before and a residual around it."""
+    """Mixin for a decoder layer of two halves, attention and MLP, each with a norm before and a residual around it.
+
+    Parts get the ForwardPass by keyword: a user's forward pre-hook that returns another input leaves keywords alone.
+    """
 
     input_layernorm: Any
     self_attn: Any
@@ -84,14 +88,14 @@ class ShardedDecoderLayer(nn.Module):
         if step is not None:
             step.layers.append(self)
         residual = hidden_states
-        hidden_states = self.input_layernorm(hidden_states, step)
+        hidden_states = self.input_layernorm(hidden_states, step=step)
         hidden_states, _ = self.self_attn(
             hidden_states=hidden_states, attention_mask=attention_mask, step=step, **kwargs
         )
         hidden_states = residual + hidden_states
         residual = hidden_states
-        hidden_states = self.post_attention_layernorm(hidden_states, step)
-        hidden_states = self.mlp(hidden_states, step)
+        hidden_states = self.post_attention_layernorm(hidden_states, step=step)
+        hidden_states = self.mlp(hidden_states, step=step)
         return residual + hidden_states
 
 
@@ -128,6 +132,7 @@ class ShardedDecoder(nn.Module):
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         if tokens is None or (input_ids is not None and inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        is_own_pass = step is None
         step = step or ForwardPass(self.region, token_mask=_token_mask(attention_mask))
         if use_cache is None:
             use_cache = bool(getattr(self.config, "use_cache", False)) and not self.training
@@ -143,7 +148,7 @@ class ShardedDecoder(nn.Module):
         )
         if position_ids is None:
             position_ids = past_length + torch.arange(tokens.shape[1], device=tokens.device)[None]
-        hidden = self.embed_tokens(input_ids, step) if inputs_embeds is None else step.region.slice(inputs_embeds)
+        hidden = self.embed_tokens(input_ids, step=step) if inputs_embeds is None else step.region.slice(inputs_embeds)
         tables = self.rotary_emb(hidden, position_ids)
         for layer in self.layers[: self.config.num_hidden_layers]:
             hidden = layer(
@@ -156,9 +161,14 @@ class ShardedDecoder(nn.Module):
                 step=step,
                 **kwargs,
             )
-        if len(step.layers) < len(self.layers[: self.config.num_hidden_layers]):
-            _refuse_lost_pass(self, step)
-        return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden, step), past_key_values=past_key_values)
+        _refuse_lost_pass(self, step)
+        if is_own_pass and step.balance_losses:
+            warnings.warn(
+                f"The balance losses of {type(self).__name__} are lost: it was called without the ForwardPass of its "
+                f"causal LM. Call the causal LM, whose output has aux_loss, or pass step=ForwardPass(...).",
+                stacklevel=2,
+            )
+        return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden, step=step), past_key_values=past_key_values)
 
 
 class ShardedCausalLM(nn.Module):
@@ -215,6 +225,7 @@ class ShardedCausalLM(nn.Module):
             step=step,
             **kwargs,
         )
+        _refuse_lost_pass(self.model, step)
         hidden = region.enter(outputs.last_hidden_state)
         loss = None
         if shift_labels is not None:
@@ -227,7 +238,9 @@ class ShardedCausalLM(nn.Module):
             # slice(-0, None) is everything, which is what 0 means to transformers.
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head.logits(hidden[:, keep])
-        losses = step.balance_losses
+        losses = list(step.balance_losses)
+        # What keeps the pass, such as a checkpoint of the user's own, must not keep the graph of its losses.
+        step.balance_losses.clear()
         return MoeCausalLMOutputWithPast(
             loss=loss,
             aux_loss=sum(losses[1:], losses[0]) if losses else None,
@@ -239,14 +252,18 @@ class ShardedCausalLM(nn.Module):
 
 
 def _refuse_lost_pass(decoder: Any, step: ForwardPass) -> None:
-    """Raise ConversionError if a layer that did not hand the pass on has parts that need it."""
-    for index, layer in enumerate(decoder.layers):
+    """Raise ConversionError if a layer that ran without the pass has parts that need it."""
+    layers = decoder.layers[: decoder.config.num_hidden_layers]
+    if len(step.layers) >= len(layers):
+        return
+    for index, layer in enumerate(layers):
         has_experts = any(hasattr(module, "pending_tokens_per_expert") for module in layer.modules())
         if not any(layer is seen for seen in step.layers) and (step.region.is_sliced or has_experts):
             raise ConversionError(
-                f"Layer {index}, a {type(layer).__name__}, does not hand the ForwardPass to its parts: slices, "
-                f"balance losses and what recompute remembers would be lost. Let its forward call "
-                f"super().forward(hidden_states, **kwargs), or give its family ShardedDecoderLayer for model.layers."
+                f"Layer {index}, a {type(layer).__name__}, ran without the ForwardPass: slices, balance losses and "
+                f"what recompute remembers would be lost. Let the forward of a layer of your own call "
+                f"super().forward(hidden_states, **kwargs), let that of a decoder hand its keyword `step` to each "
+                f"layer, or give the family lightning_npu_tp.models.ShardedDecoderLayer for model.layers."
             )
 
 
@@ -263,15 +280,11 @@ def mix_in(module: nn.Module, mixin: type) -> None:
 
     module: of a list, each of its children becomes one. The mixin's forward takes the place of transformers'; that of
             a user's own subclass still runs, and finds the mixin's where it calls its parent's.
-
-    Raises ConversionError for a decoder layer whose parts are others than the mixin computes with.
     """
     if isinstance(module, nn.ModuleList):
         for child in module:
             mix_in(child, mixin)
     elif not isinstance(module, mixin):
-        if mixin is ShardedDecoderLayer:
-            _check_parts(module)
         key = (mixin, type(module))
         if key not in _SUBCLASSES:
             _SUBCLASSES[key] = _subclass(type(module), mixin)
@@ -284,10 +297,19 @@ def _subclass(kind: type, mixin: type) -> type:
     return sharded if kind is base else type(f"Sharded{kind.__name__}", (kind, sharded), {})
 
 
-def _check_parts(layer: nn.Module) -> None:
-    parts, known = {name for name, _ in layer.named_children()}, set(ShardedDecoderLayer.__annotations__)
-    if parts != known:
-        raise ConversionError(
-            f"{type(layer).__name__} has the parts {sorted(parts)}, and ShardedDecoderLayer computes with "
-            f"{sorted(known)}. Give the family a mixin of its own for model.layers."
-        )
+def check_parts(module: nn.Module, mixin: type) -> None:
+    """Raise ConversionError for a decoder layer whose parts are others than the mixin computes with.
+
+    A subclass of the user's own may have more; what they do is said in its forward.
+    """
+    if isinstance(module, nn.ModuleList):
+        for child in module:
+            check_parts(child, mixin)
+    elif issubclass(mixin, ShardedDecoderLayer) and not isinstance(module, mixin):
+        parts, known = {name for name, _ in module.named_children()}, set(ShardedDecoderLayer.__annotations__)
+        is_transformers_own = type(module).__module__.startswith("transformers.")
+        if parts != known if is_transformers_own else not known <= parts:
+            raise ConversionError(
+                f"{type(module).__name__} has the parts {sorted(parts)}, and ShardedDecoderLayer computes with "
+                f"{sorted(known)}. Give the family a mixin of its own for model.layers."
+            )
