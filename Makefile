@@ -22,6 +22,9 @@ JOBS ?= 2
 WORKERS := -n $(JOBS) --dist loadfile
 # "not full" or "full"; all where nothing is said.
 CHOSEN = $(if $(SELECT),-m '$(SELECT)')
+# Not by the name that make looks for in a recipe: `make -n` would run the tests.
+AGAIN := $(MAKE) --no-print-directory
+SESSIONS := $(AGAIN) sessions
 
 .PHONY: install install-npu train test test-all sessions test-sim test-sanitized test-npu lint bench clean
 
@@ -61,16 +64,16 @@ test: $(STAMP) $(if $(ARGS),,$(NPU_STAMP))
 ifneq ($(strip $(ARGS)),)
 	$(RUN) -m pytest $(ARGS)
 else
-	@$(MAKE) --no-print-directory sessions SELECT='not full'
+	@$(SESSIONS) SELECT='not full'
 endif
 
 # The full cross products beside it; which, is in tests/cross_products.py.
 test-all: $(STAMP) $(NPU_STAMP)
-	@$(MAKE) --no-print-directory sessions SELECT=full
+	@$(SESSIONS) SELECT=full ARGS=
 
 # The simulated sessions also where the first fails.
 sessions:
-	$(RUN) -m pytest -m '$(SELECT)' $(WORKERS); first=$$?; $(MAKE) --no-print-directory test-sim; second=$$?; \
+	$(RUN) -m pytest -m '$(SELECT)' $(WORKERS); first=$$?; $(AGAIN) test-sim; second=$$?; \
 		exit $$((first ? first : second))
 
 # The real torch_npu on simulated cards; needs a C++ compiler.

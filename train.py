@@ -77,7 +77,7 @@ def run(config: DictConfig) -> float | None:
     """A job as Hydra calls it: a sweep gives each a process, and what a user can mend is told without a traceback."""
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-    from lightning_npu_tp import DeviceError, LightningNPUTPError, run_job
+    from lightning_npu_tp import DeviceError, LightningNPUTPError, RankFailure, run_job
 
     try:
         return run_job(train, config)
@@ -85,6 +85,9 @@ def run(config: DictConfig) -> float | None:
         # A sweep goes on with its other jobs and reports at its end.
         if HydraConfig.get().mode == RunMode.MULTIRUN or os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
+        if isinstance(error, RankFailure):
+            # No setting that cannot work; that rank's traceback is told when this process has ended, as the last thing.
+            raise SystemExit(1) from None
         instead = " `python train.py` alone trains a small model on the CPU." if isinstance(error, DeviceError) else ""
         print(f"error: {error}{instead}", file=sys.stderr)
         raise SystemExit(2) from None

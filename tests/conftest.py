@@ -24,9 +24,10 @@ os.environ["OMP_NUM_THREADS"] = "1"
 RUN_VARIABLES = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark what waits for `make test-all`."""
-    mark(items)
+    by_name = any("::" in argument for argument in config.args)
+    mark(items, are_all=not by_name and not config.getoption("last_failed", default=False))
 
 
 def child_processes() -> list[str]:

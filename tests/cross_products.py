@@ -100,10 +100,11 @@ IN_MAKE_TEST: dict[str, tuple[str, ...]] = {
 }
 
 
-def mark(items: Iterable[pytest.Item]) -> None:
+def mark(items: Iterable[pytest.Item], *, are_all: bool = True) -> None:
     """Give the marker `full` to the collected tests that wait for `make test-all`.
 
-    Raises UsageError where none of several cases of a product is one that stays in `make test`.
+    are_all: whether no case was left out of the collection.
+    Raises UsageError where none of the cases of a product is one that stays in `make test`.
     """
     verdicts: dict[str, list[bool]] = {}
     for item in items:
@@ -115,6 +116,5 @@ def mark(items: Iterable[pytest.Item]) -> None:
             if not kept:
                 item.add_marker(pytest.mark.full)
     for name, kept_cases in verdicts.items():
-        # One case alone was asked for by its name.
-        if IN_MAKE_TEST[name] and len(kept_cases) > 1 and not any(kept_cases):
+        if are_all and IN_MAKE_TEST[name] and not any(kept_cases):
             raise pytest.UsageError(f"No case of {name} is in `make test`: none matches {IN_MAKE_TEST[name]}.")

@@ -35,10 +35,13 @@ _CALLED = (
     re.compile(r"\btag\[([^\]]+)\]"),
     re.compile(r"the current working operator name is (\w+)"),
 )
-# How gloo, NCCL, HCCL, the key-value store and Python say that the other side did not answer or is gone.
+# How gloo, NCCL, HCCL, the key-value store and Python say that the other side did not answer or is gone. A time-out
+# alone may be anybody's: a data loader's, a database's.
 _LOST_PEER = re.compile(
-    r"\btim(ed|e)[ -]?out\b|connection (closed|reset|refused|was likely closed)|broken ?pipe|socket closed|"
-    r"no route to host|unreachable|failed to (recv|send)|remote process|Connection\w*Error|"
+    r"\b(socket|client|store|barrier|collective|operation|wait|connect|application)\w*( has)? tim(ed|e)[ -]?out|"
+    r"\btim(ed|e)[ -]?out (waiting|after \d+(\.\d+)? ?(ms|s(econds)? (waiting|while))|caused pair closure)|"
+    r"connection (closed|reset|refused|was likely closed)|broken ?pipe|socket closed|"
+    r"no route to host|(network|host) is unreachable|failed to (recv|send)|remote process|Connection\w*Error|"
     r"Dist(Network|Store|Backend)?Error|[HN]CCL error",
     re.IGNORECASE,
 )

@@ -9,6 +9,7 @@ means for the run is decided in `supervisor.py`; Lightning and Hydra are unknown
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -126,11 +127,17 @@ class ChildProcess:
         return "\n".join(list(self._lines)).rstrip()
 
     def traceback(self) -> str:
-        """The traceback of its failure: as reported if it was, else the last one on its stderr, else ""."""
-        raised = self.last("raised")
-        if raised and self.state == "raised":
-            return str(raised["traceback"]).rstrip()
-        return last_traceback(list(self._lines))
+        """The traceback of its failure: as reported if it was, else the last one on its stderr, else "".
+
+        A script may catch what a call raised, and end of another error later: both are told then.
+        """
+        printed, raised = last_traceback(list(self._lines)), self.last("raised")
+        if not raised or self.state != "raised":
+            return printed
+        reported = str(raised["traceback"]).rstrip()
+        if self.is_alive or not printed or printed.splitlines()[-1] == reported.splitlines()[-1]:
+            return reported
+        return f"{reported}\n\nLater it ended with another error:\n\n{printed}"
 
     def _read_output(self, stderr_fd: int, channel_fd: int) -> None:
         partial, held = {stderr_fd: b"", channel_fd: b""}, b""
@@ -142,9 +149,9 @@ class ChildProcess:
                 for fd in sorted((key.fd for key, _ in selector.select()), key=lambda fd: fd != channel_fd):
                     if not (chunk := os.read(fd, 65536)):
                         selector.unregister(fd)
-                    if fd == stderr_fd and chunk and not self.muted:
+                    if fd == stderr_fd:
                         held += chunk
-                    if self.state != "raised":
+                    if self.state != "raised" and not self.muted:
                         _write_all(2, held)
                         held = b""
                     *lines, partial[fd] = (partial[fd] + chunk).split(b"\n")
@@ -157,6 +164,10 @@ class ChildProcess:
                     else:
                         self.events.extend(json.loads(line) for line in lines)
         os.close(channel_fd)
+        # Held for the report of what was raised last; it was caught, and nobody will report it.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            if held and self.process.wait(timeout=5) == 0:
+                _write_all(2, held)
 
 
 class Channel:

@@ -24,6 +24,8 @@ def register_with_lightning() -> None:
     if _LIGHTNING in sys.modules:
         _register()
     else:
+        # By name: after a reload of this module an earlier finder is of another class, and two would ask each other.
+        sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__name__ != _AfterLightning.__name__]
         sys.meta_path.insert(0, _AfterLightning())
 
 

@@ -24,6 +24,8 @@ CASES = [
     "one-call-more",
     "all-raise-and-save",
     "all-raise-and-catch",
+    "caught-then-another",
+    "caught-then-done",
     "three-ranks",
     "parent-killed-during-import",
     "parent-killed-without-death-signal",
@@ -124,6 +126,17 @@ def test_an_error_that_every_rank_catches_does_not_end_the_run(runs):
     run = runs["all-raise-and-catch"]
     assert end(run) == 0, run
     assert sorted(run.said("END")) == ["0", "1"], run
+
+
+def test_after_an_error_that_was_caught_the_one_that_ended_the_rank_is_told(runs):
+    run = runs["caught-then-another"]
+    assert end(run) == 1, run
+    assert "FileNotFoundError: [Errno 2] No such file or directory: '/nonexistent/batch.json'" in last_line(run), run
+
+
+def test_what_a_rank_writes_after_an_error_that_was_caught_is_not_lost(runs):
+    run = runs["caught-then-done"]
+    assert end(run) == 0 and "UserWarning: the batch is halved" in run.stderr, run
 
 
 def test_the_rank_with_an_error_of_its_own_is_blamed_before_one_that_lost_its_peer(runs):

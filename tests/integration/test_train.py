@@ -9,11 +9,17 @@ from __future__ import annotations
 import csv
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from hydra.types import RunMode
+
+import lightning_npu_tp
+from lightning_npu_tp import ConfigError, RankFailure
 
 ROOT = Path(__file__).parents[2]
 # Small enough for seconds; the model, its sharding and the data are the default job's.
@@ -137,3 +143,18 @@ def test_a_wrong_setting_is_one_line_unless_the_traceback_is_asked_for(tmp_path)
     assert done.stderr.splitlines()[-1].startswith("error: The tokenizer")
     full = train(tmp_path, *wrong, HYDRA_FULL_ERROR="1")
     assert full.returncode == 1 and "Traceback" in full.stderr and "DataError" in full.stderr
+
+
+@pytest.mark.parametrize(("error", "code"), [(RankFailure("Rank 1 failed first"), 1), (ConfigError("a setting"), 2)])
+def test_a_failed_rank_ends_with_1_and_is_told_once_a_setting_with_2(monkeypatch, capsys, error, code) -> None:
+    script = runpy.run_path(str(ROOT / "train.py"))
+
+    def fail(*_) -> None:
+        raise error
+
+    monkeypatch.setattr(lightning_npu_tp, "run_job", fail, raising=False)
+    job = SimpleNamespace(mode=RunMode.RUN)
+    monkeypatch.setitem(script["run"].__wrapped__.__globals__, "HydraConfig", SimpleNamespace(get=lambda: job))
+    with pytest.raises(SystemExit) as ended:
+        script["run"].__wrapped__(None)
+    assert ended.value.code == code and ("error: " in capsys.readouterr().err) is (code == 2)

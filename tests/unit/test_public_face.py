@@ -57,6 +57,8 @@ def test_a_misspelt_option_is_told_before_anything_heavy_is_imported() -> None:
     "imports",
     [
         "import lightning_npu_tp\nfrom lightning import Trainer",
+        "import lightning_npu_tp, importlib, lightning_npu_tp.trainer.registration as registration\n"
+        "importlib.reload(registration); importlib.reload(lightning_npu_tp)\nfrom lightning import Trainer",
         "from lightning.pytorch import Trainer\nimport lightning_npu_tp",
         # Modules whose own import brings Lightning in, and which are then half imported when it comes to registering.
         "import lightning_npu_tp.trainer.accelerator\nfrom lightning.pytorch import Trainer",

@@ -100,6 +100,18 @@ def act_as(call):
                 # Longer than rank 0 waits for a rank that has raised alone.
                 time.sleep(6 * rank)
             call(lambda: None)
+        case "caught-then-another" | "caught-then-done", _:
+            try:
+                call(fail)
+            except ValueError:
+                # Rank 0 waits for ranks that have raised alone, and ends the others when it ends.
+                time.sleep(6 * rank if case == "caught-then-another" else 8 - 7 * rank)
+            if rank == 1 and case == "caught-then-another":
+                open("/nonexistent/batch.json")
+            if rank == 1:
+                os.write(2, b"UserWarning: the batch is halved\n")
+            if case == "caught-then-another":
+                call(lambda: None)
         case "three-ranks", 1:
             try:
                 call(lambda: (time.sleep(0.5), fail()))

@@ -224,6 +224,9 @@ LOST_PEER = (
     "DistError: x",
     "RuntimeError: HCCL error in: x",
     "RuntimeError: Socket Timeout",
+    "RuntimeError: The client socket has timed out after 300000ms while trying to connect to (node-a, 29500).",
+    "RuntimeError: Timed out after 31 seconds waiting for clients. 1/2 clients joined.",
+    "RuntimeError: [Rank 1] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=3)",
     "ConnectionResetError: [Errno 104] Connection reset by peer",
     "BrokenPipeError: [Errno 32] Broken pipe",
     "RuntimeError: error code is 507048",
@@ -241,6 +244,8 @@ def test_an_error_that_may_only_say_that_another_rank_is_gone(text: str) -> None
     [
         "RuntimeError: error code is 507015\nthe task timed out",
         "ValueError: strategy.timeout_s=0 with strategy.hccl",
+        "RuntimeError: DataLoader timed out after 30 seconds",
+        "RuntimeError: the label server is unreachable",
         "torch.OutOfMemoryError: NPU out of memory. Connection reset",
         "RuntimeError: mat1 and mat2 shapes cannot be multiplied",
     ],
