@@ -55,7 +55,17 @@ IN_MAKE_TEST: dict[str, tuple[str, ...]] = {
     "test_every_family_generates_in_transformers_what_the_trained_shards_generated": (),
     "test_the_options_of_model_checkpoint_keep_working": ("background",),
     "test_a_full_disk_can_be_survived_and_the_stand_in_goes_when_a_save_succeeds": ("background-1",),
-    "test_nothing_is_left_out_and_nothing_done_twice": ("max_steps",),
+    # `test_a_run_stopped_anywhere_goes_on_bit_for_bit` and `test_a_checkpoint_asked_for_within_a_step…` resume too.
+    "test_nothing_is_left_out_and_nothing_done_twice": (),
+    "test_every_way_to_use_a_layout_equals_one_process": (
+        "replicate_all_to_all",
+        "all_to_all_over_slices",
+        "recompute_block_of_slices",
+        "experts_not_divided",
+    ),
+    "test_every_rule_that_loses_its_collective_is_caught_and_named": ("direct queries",),
+    # `test_a_documented_command_runs` consolidates one family.
+    "test_one_command_makes_a_file_that_plain_modules_of_all_families_load": (),
     "test_a_resumed_run_goes_on_bit_for_bit": ("adamw",),
     # Whole runs of train.py in processes of their own.
     "test_a_preempted_run_saves_and_goes_on": ("child",),
@@ -64,7 +74,11 @@ IN_MAKE_TEST: dict[str, tuple[str, ...]] = {
     "test_rows_that_a_kill_took_come_back": (),
     "test_a_module_that_knows_nothing_of_us_trains": ("meta",),
     "test_train_from_a_folder": ("pretrained",),
-    "test_more_devices_train_the_same_model_in_one_folder": ("2",),
+    # `test_a_documented_command_runs` has torchrun on two devices, tests/distributed/test_strategy.py its parts.
+    "test_more_devices_train_the_same_model_in_one_folder": (),
+    # A family of one's own is converted and trained in tests/unit/models/test_new_family.py.
+    "test_a_model_of_ones_own_trains_with_a_family_and_with_a_function": (),
+    "test_the_package_imports_and_trains_without_its_extras": (),
     # tests/distributed/test_launcher_sweep.py has sweeps, of lighter jobs.
     "test_a_sweep_gives_every_job_a_folder_and_goes_on_after_a_failure": (),
     "test_the_first_job_of_a_sweep_may_fail_on_two_devices_and_the_second_trains_on_one": (),
@@ -72,11 +86,11 @@ IN_MAKE_TEST: dict[str, tuple[str, ...]] = {
     "test_a_documented_command_runs": (
         "python train.py data=chat*",
         "torchrun*",
-        "*show-data*",
         "*consolidate_checkpoint*",
     ),
-    # A cut link between two network namespaces; `test_ranks_that_slurm_starts_on_two_nodes…` has two hosts.
+    # Two network namespaces; tests/unit/launch/test_hosts.py has what several hosts decide.
     "test_two_hosts_train_as_one_and_a_cut_link_ends_both_with_the_silent_hosts_name": (),
+    "test_ranks_that_slurm_starts_on_two_nodes_are_one_run_in_one_folder": (),
     # On simulated cards. All operators that torch describes, in one test.
     "test_the_operators_of_torch_compute_on_the_card_what_they_compute_on_the_cpu": (),
     "test_data_arrives_bit_by_bit": ("2",),
@@ -94,6 +108,9 @@ IN_MAKE_TEST: dict[str, tuple[str, ...]] = {
     "test_one_that_hangs_on_its_way_out_is_not_interrupted_again_but_ended": (),
     "test_a_rank_that_hangs_over_its_dead_queue_is_reported_with_the_cause": (),
     "test_a_queue_that_is_busy_is_not_taken_for_a_dead_one": (),
+    "test_errors_are_logged_where_asked_for_as_cann_does": (),
+    "test_a_fault_of_the_environment_strikes_only_its_rank_and_may_end_the_process": (),
+    "test_cards_log_the_share_of_their_peak": (),
     "test_sixteen_bits_train_as_float32_but_for_their_rounding": ("bf16-mixed",),
     # tests/sim/test_float64.py proves layouts too, to more digits.
     "test_a_layout_on_several_cards_is_proven": (),
