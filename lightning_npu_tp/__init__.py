@@ -21,6 +21,7 @@ from lightning_npu_tp.errors import (
     DeviceError,
     LightningNPUTPError,
     RankFailure,
+    VocabularyError,
 )
 from lightning_npu_tp.trainer.registration import register_with_lightning
 
@@ -48,6 +49,7 @@ __all__ = [
     "NPUTensorParallelStrategy",
     "RankFailure",
     "ShardedClipping",
+    "VocabularyError",
     "callbacks",
     "kernels",
     "models",

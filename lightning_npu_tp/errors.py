@@ -30,6 +30,10 @@ class DataError(LightningNPUTPError, ValueError):
     """Training data that is missing, empty, unreadable or does not fit the model."""
 
 
+class VocabularyError(DataError, IndexError):
+    """A token id or a label that the model's vocabulary does not have."""
+
+
 class CountMismatch(LightningNPUTPError, ValueError):
     """Row counts handed to a collective do not add up; raised before any communication."""
 

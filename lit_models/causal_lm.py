@@ -31,7 +31,7 @@ class LitCausalLM(LightningModule):
     """Trains a causal language model on batches of input_ids and labels, both int64 [B, S].
 
     Labels lie aligned with input_ids (the model shifts them once); -100 is not counted. Further
-    entries of a batch (position_ids, attention_mask) are handed to the model.
+    entries of a batch (position_ids, attention_mask, token_mask) are handed to the model.
 
     architecture:    a supported transformers model type, e.g. "deepseek_v2".
     config:          values of that model's transformers config.

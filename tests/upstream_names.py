@@ -185,8 +185,9 @@ DISTRIBUTED = (
     Names(
         _C10D,
         "_get_default_store",
-        "Ranks agree on the step at which a preempted run ends, without a collective.",
-        "AttributeError after SIGTERM: the run would end without its checkpoint.",
+        "Ranks agree on the step at which a preempted run ends, and tensor ranks on batch and generators, without a "
+        "collective that would wait for the device.",
+        "AttributeError after SIGTERM (the run would end without its checkpoint) and where tensor ranks begin.",
     ),
     Names(
         _C10D,
@@ -287,8 +288,8 @@ LIGHTNING = (
     Names(
         "lightning.pytorch.trainer.trainer.Trainer",
         "_active_loop",
-        "The loop whose results lie on the device of a failed run.",
-        "AttributeError in teardown, which hides why the run failed.",
+        "The loop that takes a batch, whose number is to be told; the one whose results lie on a failed run's device.",
+        "AttributeError at the first batch, and in teardown, which hides why the run failed.",
     ),
     Names(
         f"{LOOPS}.training_epoch_loop._TrainingEpochLoop",

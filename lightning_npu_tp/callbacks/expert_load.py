@@ -37,7 +37,8 @@ class ExpertLoadMonitor(Callback):
     folder:        of the pictures, expert_load_step00000200.png and so on; made if need be. None draws
                    none.
     every_n_steps: optimizer steps of an interval.
-    key:           entry of a batch dict whose elements are the tokens.
+    key:           entry of a batch dict whose elements are the tokens; those that its token_mask or 2-D attention_mask
+                   says are padding make no picks.
 
     Logs, over the interval and all ranks
         expert_load/max_over_mean  busiest expert over the even load, in the worst layer: 1 is even;
@@ -88,8 +89,7 @@ class ExpertLoadMonitor(Callback):
         """Count the batch; at the end of an interval log, draw and begin anew."""
         assert self._load is not None
         layers = list(self._layers.values())
-        tokens = batch if isinstance(batch, Tensor) else batch[self.key]
-        picks = tokens.numel() * layers[0].gate.top_k
+        picks = _num_tokens(batch, self.key) * layers[0].gate.top_k
         self._load.update(torch.stack([layer.tokens_per_expert for layer in layers]), picks)
         step = trainer.global_step
         # A batch that only accumulates finishes no step.
@@ -134,6 +134,18 @@ class ExpertLoadMonitor(Callback):
                 f"The picture {path} cannot be written: {error.strerror}. It needs {len(picture):,} bytes, "
                 f"{shutil.disk_usage(existing).free:,} are free there. The training itself is not affected."
             )
+
+
+def _num_tokens(batch: Any, key: str) -> int | Tensor:
+    """Tokens of a batch without padding: an int64 scalar on the device where a mask says what that is."""
+    if isinstance(batch, Tensor):
+        return batch.numel()
+    tokens: Tensor = batch[key]
+    for name in ("token_mask", "attention_mask"):
+        mask = batch.get(name)
+        if mask is not None and mask.shape == tokens.shape[:2]:
+            return mask.bool().sum()
+    return tokens.numel()
 
 
 def _sum_over_token_ranks(trainer: Trainer, tensor: Tensor) -> Tensor:

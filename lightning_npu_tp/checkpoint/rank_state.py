@@ -25,33 +25,39 @@ _LOADERS = "combined_loader"
 
 def collect_rank_state(trainer: Trainer) -> dict[str, Any]:
     """This rank's state: {"random": {python, numpy, torch, device}, "loaders": a state for each stateful loader}."""
-    generator = np.random.get_state(legacy=False)
-    assert isinstance(generator, dict)
-    device = trainer.strategy.root_device
     loaders = CombinedLoader(trainer.train_dataloader).flattened
     return {
-        "random": {
-            "python": random.getstate(),
-            "numpy": generator | {"state": generator["state"] | {"key": generator["state"]["key"].tolist()}},
-            "torch": torch.get_rng_state(),
-            "device": None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device),
-        },
+        "random": generators(trainer.strategy.root_device),
         "loaders": [loader.state_dict() for loader in loaders if isinstance(loader, Stateful)],
     }
 
 
 def apply_rank_state(trainer: Trainer, state: dict[str, Any]) -> None:
     """Give this rank back the generators of `collect_rank_state`; the loaders are `use_own_loaders`'."""
-    found = state.get("random")
-    if found is None:
-        return
+    if (found := state.get("random")) is not None:
+        set_generators(found, trainer.strategy.root_device)
+
+
+def generators(device: torch.device) -> dict[str, Any]:
+    """The states of this process's global random generators: {python, numpy, torch, device}; None for a CPU device."""
+    generator = np.random.get_state(legacy=False)
+    assert isinstance(generator, dict)
+    return {
+        "python": random.getstate(),
+        "numpy": generator | {"state": generator["state"] | {"key": generator["state"]["key"].tolist()}},
+        "torch": torch.get_rng_state(),
+        "device": None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device),
+    }
+
+
+def set_generators(found: Mapping[str, Any], device: torch.device) -> None:
+    """Put this process's global random generators into the states of `generators`."""
     random.setstate(found["python"])
     generator = found["numpy"]
     np.random.set_state(
         generator | {"state": generator["state"] | {"key": np.array(generator["state"]["key"], "uint32")}}
     )
     torch.set_rng_state(found["torch"])
-    device = trainer.strategy.root_device
     if device.type != "cpu" and found["device"] is not None:
         torch.get_device_module(device).set_rng_state(found["device"], device)
 

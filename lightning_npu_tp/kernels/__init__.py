@@ -11,6 +11,8 @@ and an implementation's module is imported only once it is chosen. The operation
     rms_norm        of hidden states, latents and heads
     rotary          rotation of queries and keys
     attention       softmax(q k) v, causal or masked
+    vocabulary      what is done about ids and labels outside of the vocabulary: an error where a device can raise
+                    one without asking the host, else NaN
 
 "reference" is plain PyTorch for each of them. A further implementation is a module of this folder with a
 function or object of the name below, and a line in `_MODULES`.
@@ -44,12 +46,23 @@ _MODULES: Mapping[str, Mapping[str, tuple[str, str]]] = {
     "rms_norm": {"reference": ("plain", "rms_norm"), "npu": ("npu_layers", "rms_norm")},
     "rotary": {"reference": ("plain", "rotate"), "npu": ("npu_layers", "rotate")},
     "attention": {"reference": ("plain", "attend"), "npu": ("npu_layers", "attend")},
+    "vocabulary": {
+        "reference": ("plain", "mark_outside"),
+        "cpu": ("vocabulary", "raise_outside"),
+        "cuda": ("vocabulary", "assert_inside"),
+    },
 }
 _PLAIN = dict.fromkeys(("permute", "swiglu", "rms_norm", "rotary", "attention"), "reference")
 _DEFAULTS: Mapping[str, Mapping[str, str]] = {
-    "cpu": {"grouped_matmul": "cpu", "expert_mlp": "cpu", **_PLAIN},
-    "cuda": {"grouped_matmul": "torch_native", "expert_mlp": "composed", **_PLAIN},
-    "npu": {"grouped_matmul": "npu", "expert_mlp": "composed", **dict.fromkeys(_PLAIN, "npu")},
+    "cpu": {"grouped_matmul": "cpu", "expert_mlp": "cpu", "vocabulary": "cpu", **_PLAIN},
+    "cuda": {"grouped_matmul": "torch_native", "expert_mlp": "composed", "vocabulary": "cuda", **_PLAIN},
+    # Its assertion would run on the host's CPU.
+    "npu": {
+        "grouped_matmul": "npu",
+        "expert_mlp": "composed",
+        "vocabulary": "reference",
+        **dict.fromkeys(_PLAIN, "npu"),
+    },
 }
 
 
@@ -62,6 +75,7 @@ class Kernels:
     names:      operation -> name of the implementation, for reports.
     permute:    how tokens become rows and rows tokens.
     swiglu, rms_norm, rotate, attend: see the functions of the same names in `plain.py`.
+    guard_ids:  see `plain.mark_outside`.
     """
 
     grouped: GroupedPrimitives
@@ -72,6 +86,7 @@ class Kernels:
     rms_norm: Callable[[Tensor, Tensor, float], Tensor] = plain.rms_norm
     rotate: Callable[..., Tensor] = plain.rotate
     attend: Callable[..., Tensor] = plain.attend
+    guard_ids: Callable[..., Tensor] = plain.mark_outside
 
 
 # For modules that are built by hand; conversion hands over those of the device.
@@ -116,6 +131,7 @@ def select(device_type: str, overrides: Mapping[str, str | None] | None = None) 
         rms_norm=found["rms_norm"],
         rotate=found["rotary"],
         attend=found["attention"],
+        guard_ids=found["vocabulary"],
     )
 
 

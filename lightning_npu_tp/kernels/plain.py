@@ -52,6 +52,14 @@ def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
+def mark_outside(values: Tensor, ids: Tensor, is_outside: Tensor, *, what: str, vocab_size: int) -> Tensor:
+    """Make NaN what was computed from ids outside of the vocabulary: on any device, and nothing is read on the host.
+
+    values: [*ids, …], floating point. ids, is_outside: int64 and bool of one shape. The other two: see vocabulary.py.
+    """
+    return values.masked_fill(is_outside.reshape(is_outside.shape + (1,) * (values.ndim - ids.ndim)), torch.nan)
+
+
 def attend(
     q_BHSE: Tensor, k_BKLE: Tensor, v_BKLV: Tensor, *, mask: Tensor | None, scale: float, dropout: float
 ) -> Tensor:

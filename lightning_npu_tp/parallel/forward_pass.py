@@ -50,7 +50,8 @@ class ForwardPass:
     """One forward pass of a model. Its attributes are fixed once it is made.
 
     region:         of the model, as this pass uses it: whole, or sliced for sequences of one length.
-    token_mask:     [B, S] (global), true for the tokens that balance losses count; None counts all.
+    token_mask:     bool [B, S] (global), false for padding, which no balance loss and no count of picks looks at; None
+                    counts all.
     balance_losses: of each mixture layer in training, a scalar with gradient, already times its factors; the layers
                     add to the list, and the same on all ranks that see the same tokens.
     layers:         the decoder layers that took part, added by themselves, so that one left out is seen.

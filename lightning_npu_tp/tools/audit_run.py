@@ -39,7 +39,10 @@ from lightning_npu_tp.trainer.module_setup import choose_implementations, plain_
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _PRECISIONS = {"bfloat16": "bf16-true", "float16": "16-true", "float32": "32-true"}
 # On CPU tensors a fused kernel would fall to the reference by itself, and say so each time.
-_REFERENCE = dict.fromkeys(("grouped_matmul", "permute", "swiglu", "rms_norm", "rotary", "attention"), "reference")
+# And the CPU's look at ids would be taken for a card's.
+_REFERENCE = dict.fromkeys(
+    ("grouped_matmul", "permute", "swiglu", "rms_norm", "rotary", "attention", "vocabulary"), "reference"
+)
 # What transformers' experts can run as: the loop, and what it takes by itself.
 _EXPERTS = ("eager", "grouped_mm")
 

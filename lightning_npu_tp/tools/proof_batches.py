@@ -143,12 +143,16 @@ def _balance_losses(model: nn.Module, family: ModelFamily) -> Iterator[Sequence[
 
 
 def expert_counts(config: Any, batches: Sequence[Mapping[str, Tensor]]) -> Tensor | None:
-    """Picks by layer and expert, int64 [layers, experts], of transformers' own router; None without experts."""
+    """Picks by layer and expert, int64 [layers, experts], of transformers' own router; None without experts.
+
+    Those of padding are not counted.
+    """
     model = reference_model(config)
     counts: dict[str, Tensor] = {}
 
     def count(name: str, number: int, _: Any, arguments: tuple[Any, ...]) -> None:
-        counts[name] = counts.get(name, 0) + torch.bincount(arguments[1].reshape(-1), minlength=number)
+        picks_TK = arguments[1].reshape(seen_BS.numel(), -1)
+        counts[name] = counts.get(name, 0) + torch.bincount(picks_TK[seen_BS.flatten()].flatten(), minlength=number)
 
     for name, module in model.named_modules():
         if type(module).__name__.endswith("Experts"):
@@ -156,17 +160,6 @@ def expert_counts(config: Any, batches: Sequence[Mapping[str, Tensor]]) -> Tenso
             module.register_forward_pre_hook(partial(count, name, number))
     with float64_reference(), torch.no_grad():
         for batch in batches:
-            model(input_ids=batch["input_ids"], attention_mask=_causal_mask(batch))
+            seen_BS = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+            model(input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask"))
     return torch.stack(list(counts.values())) if counts else None
-
-
-def _causal_mask(batch: Mapping[str, Tensor]) -> Tensor:
-    """What to add to attention scores [B, 1, S, S]; a padding token sees itself too.
-
-    Padding is routed and counted as well, and what transformers lets it see differs between its attention
-    functions.
-    """
-    seen_BS = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
-    itself_SS = torch.eye(seen_BS.shape[1], dtype=torch.bool)
-    allowed_BSS = (seen_BS[:, None, :] & torch.ones_like(itself_SS).tril()) | itself_SS
-    return torch.zeros(allowed_BSS.shape, dtype=torch.float64).masked_fill(~allowed_BSS, float("-inf"))[:, None]

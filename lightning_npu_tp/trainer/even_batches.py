@@ -1,4 +1,4 @@
-"""Evaluation over data ranks: every sample once, and the same number of batches on every rank.
+"""Loaders over data ranks: in evaluation every sample once, the same number of batches on every rank; seeds of workers.
 
 Lightning divides a validation set with torch's DistributedSampler, which repeats samples until the ranks
 divide them, so some count twice; for prediction it leaves some ranks with fewer batches, and the others
@@ -7,10 +7,13 @@ then wait for them forever. Here the last batches are shorter instead.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
+from lightning.fabric.utilities.seed import pl_worker_init_function
 from lightning.pytorch.overrides.distributed import (
     UnrepeatedDistributedSampler,
     UnrepeatedDistributedSamplerWrapper,
@@ -102,3 +105,12 @@ def without_repeated_samples(loader: Any) -> Any:
     # The loader forbids it to those who might do it by mistake.
     object.__setattr__(loader, "batch_sampler", even)
     return loader
+
+
+def seed_workers_by_data_rank(loader: Any, data_rank: int) -> None:
+    """What Lightning does with `seed_everything(workers=True)`, where it would seed the workers by the global rank.
+
+    Those of tensor ranks would draw apart. In place; a function of the user's own stays.
+    """
+    if int(os.environ.get("PL_SEED_WORKERS", 0)) and getattr(loader, "worker_init_fn", True) is None:
+        loader.worker_init_fn = partial(pl_worker_init_function, rank=data_rank)

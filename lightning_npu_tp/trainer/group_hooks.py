@@ -44,6 +44,7 @@ from lightning_npu_tp.trainer.checkpoint_hooks import CheckpointHooks
 from lightning_npu_tp.trainer.data_mean import reduce_over_data
 from lightning_npu_tp.trainer.explain_error import noted
 from lightning_npu_tp.trainer.teardown import close_all
+from lightning_npu_tp.trainer.tensor_ranks import TensorRanks
 
 
 class GroupHooks(CheckpointHooks):
@@ -56,6 +57,7 @@ class GroupHooks(CheckpointHooks):
         self._hccl_told: list[str] = []
         self._backend = backend
         self._groups = Groups()
+        self._tensor_ranks: TensorRanks
         self._converted_before: list[Groups] = []
         self._reduces_gradients = True
 
@@ -104,6 +106,9 @@ class GroupHooks(CheckpointHooks):
         meshes = Meshes.build(self.layout, self.root_device.type, timeout=self._timeout, buffers_mb=buffers_mb)
         for groups in (self._groups, *self._converted_before):
             groups.bind(meshes)
+        self._tensor_ranks = TensorRanks(self.layout, self.global_rank, self._timeout)
+        # Before the user's hooks, which may draw: a split of a data set, weights.
+        self._tensor_ranks.share_generators(self.root_device)
 
     @contextmanager
     @override
@@ -177,6 +182,9 @@ class GroupHooks(CheckpointHooks):
         """Wait for every rank."""
         if not dist.is_initialized():
             return
+        if name == "run-stage":
+            # Once more, after hooks that drew or set a seed on some ranks only.
+            self._tensor_ranks.share_generators(self.root_device)
         if name == "run-stage" and isinstance(self._launcher, ProcessLauncher):
             # Lightning has registered its signal handlers a moment ago; they broadcast and deadlock.
             preemption = self.save_when_preempted()
@@ -188,6 +196,20 @@ class GroupHooks(CheckpointHooks):
             dist.barrier()
         else:
             dist.barrier(device_ids=[self.root_device.index])
+
+    @override
+    def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int | None = None) -> Any:
+        """Move a batch to the device; one that a loop takes from a loader is compared over the tensor ranks before.
+
+        dataloader_idx: as the loops say it. Whoever else moves a batch may do so on one rank alone.
+        """
+        trainer = self._module.trainer
+        if dataloader_idx is not None and dist.is_initialized() and (loop := trainer._active_loop) is not None:
+            progress = getattr(loop, "epoch_loop", loop).batch_progress
+            stage = str(getattr(trainer.state.stage, "value", "a loop"))
+            number = progress.current.ready
+            self._tensor_ranks.require_same_batch(batch, stage=stage, loader=dataloader_idx, number=number)
+        return super().batch_to_device(batch, device, dataloader_idx or 0)
 
     @override
     def broadcast(self, obj: Any, src: int = 0) -> Any:

@@ -55,7 +55,7 @@ from lightning_npu_tp.parallel.layout import Dispatch, Layout, Meshes, Size, res
 from lightning_npu_tp.parallel.recompute import Recompute
 from lightning_npu_tp.trainer import module_setup
 from lightning_npu_tp.trainer.checkpoint_settings import CheckpointSettings, OnSaveError, refuse_removed
-from lightning_npu_tp.trainer.even_batches import without_repeated_samples
+from lightning_npu_tp.trainer.even_batches import seed_workers_by_data_rank, without_repeated_samples
 from lightning_npu_tp.trainer.explain_error import may_hang, noted
 from lightning_npu_tp.trainer.group_hooks import GroupHooks
 from lightning_npu_tp.trainer.loops import evaluate_without_inference_mode, install_loops, move_results_to_host
@@ -263,7 +263,8 @@ class NPUTensorParallelStrategy(GroupHooks):
 
     @override
     def process_dataloader(self, dataloader: Any) -> Any:
-        """Let an evaluation see each sample once, in as many batches on every data rank."""
+        """Let an evaluation see each sample once, in as many batches on every data rank; seed workers by data rank."""
+        seed_workers_by_data_rank(dataloader, self.global_rank // self.layout.tensor)
         return without_repeated_samples(dataloader)
 
     # --- process group -------------------------------------------------------------------------

@@ -39,8 +39,9 @@ IGNORED = -100  # torch's and transformers' ignore_index
 class PackedDataset(Dataset[dict[str, torch.Tensor]]):
     """Sequences of `sequence_length` (S) tokens cut from a stream; see the module's head for the rule.
 
-    Items: input_ids int64 [S], labels int64 [S] aligned with them (the model shifts), and with
-    `isolate_documents` position_ids int64 [S], which restart at 0 with each document and each sequence.
+    Items: input_ids int64 [S], labels int64 [S] aligned with them (the model shifts), with
+    `isolate_documents` position_ids int64 [S], which restart at 0 with each document and each sequence, and in a set
+    with padding token_mask, bool [S], false there.
     transformers reads the restarts as borders for attention, but only if it is given no attention_mask and
     no cache: call the model with use_cache=False.
 
@@ -73,9 +74,9 @@ class PackedDataset(Dataset[dict[str, torch.Tensor]]):
         self.isolate_documents = isolate_documents
         targets = max(stream.num_tokens - 1, 0)
         full, rest = divmod(targets, sequence_length - 1)
-        padded = rest > 0 and last == "pad"
-        self.num_sequences = full + padded
-        self.num_dropped = 0 if padded else rest
+        self.is_padded = rest > 0 and last == "pad"
+        self.num_sequences = full + self.is_padded
+        self.num_dropped = 0 if self.is_padded else rest
         self.num_blank = 0
         if self.num_sequences == 0:
             raise DataError(
@@ -122,6 +123,8 @@ class PackedDataset(Dataset[dict[str, torch.Tensor]]):
             restarts = self.stream.starts[first:behind] - begin
             labels[restarts] = IGNORED
             item["position_ids"] = torch.from_numpy(restart_positions(size, [*restarts, len(window)]))
+        if self.is_padded or self.num_blank:
+            item["token_mask"] = torch.arange(size) < len(window)
         return item
 
 

@@ -9,6 +9,7 @@ predicted, and labels are -100 for all that is not to be learnt.
     inputs   d e f g a b c     h i _ _ _ _ _
     labels   _ _ f g _ _ c     _ i _ _ _ _ _
     position 0 1 2 3 0 1 2     0 1 0 1 2 3 4
+    mask     1 1 1 1 1 1 1     1 1 0 0 0 0 0
 """
 
 from __future__ import annotations
@@ -60,8 +61,9 @@ class SampleDataset(Dataset[dict[str, torch.Tensor]]):
     stream: its documents are the samples, each of at most S tokens, with `learn`, which is 0 at each sample's first.
     pack:   several samples a sequence; false gives each its own.
 
-    Items: input_ids, labels, position_ids, int64 [S]; transformers reads the restarts of position_ids as borders for
-    attention if it is given no attention_mask and no cache.
+    Items: input_ids, labels, position_ids, int64 [S], and token_mask, bool [S], false for padding. transformers reads
+    the restarts of position_ids as borders for attention if it is given no attention_mask and no cache; so what is
+    padding, which the experts' balance leaves out, is said by token_mask.
     """
 
     def __init__(self, stream: TokenStream, *, sequence_length: int, pad_id: int, pack: bool = True) -> None:
@@ -106,6 +108,7 @@ class SampleDataset(Dataset[dict[str, torch.Tensor]]):
             at += len(tokens)
         positions = restart_positions(self.sequence_length, [*restarts, at])
         arrays = {"input_ids": inputs, "labels": labels, "position_ids": positions}
+        arrays["token_mask"] = np.arange(self.sequence_length) < at
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
     def _samples_of(self, index: int) -> list[int]:

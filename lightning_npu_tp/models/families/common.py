@@ -189,8 +189,8 @@ def decoder_family(
     attentions, norms, mlps = (f"{prefix}{kind}" for kind in ("Attention", "RMSNorm", "MLP"))
     rotary, moes = f"{prefix}RotaryEmbedding", moe_class or f"{prefix}SparseMoeBlock"
     swaps: dict[str, Constructor] = {
-        "Embedding": lambda source, context: VocabEmbedding(source, context.region),
-        "Linear": lambda source, context: VocabHead(source, context.region),
+        "Embedding": lambda source, context: VocabEmbedding(source, context.region, context.kernels),
+        "Linear": lambda source, context: VocabHead(source, context.region, context.kernels),
         rotary: lambda source, context: RotaryTables(source),
         attentions: attention,
         norms: _norm,

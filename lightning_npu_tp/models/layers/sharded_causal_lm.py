@@ -20,7 +20,7 @@ from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 from typing_extensions import override
 
-from lightning_npu_tp.errors import ConversionError
+from lightning_npu_tp.errors import ConfigError, ConversionError
 from lightning_npu_tp.models.layers.vocab import IGNORED_LABEL
 from lightning_npu_tp.parallel.forward_pass import ForwardPass
 from lightning_npu_tp.parallel.layout import Groups
@@ -121,11 +121,13 @@ class ShardedDecoder(nn.Module):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         *,
+        token_mask: Tensor | None = None,
         step: ForwardPass | None = None,
         **kwargs: Any,
     ) -> MoeModelOutputWithPast:
         """As transformers' forward; all tensors global and replicated over the tensor ranks.
 
+        token_mask: as in `ShardedCausalLM`; of a decoder that is called by itself.
         step: of the model around the decoder. With a sliced region, last_hidden_state is this rank's slice.
         Raises ConversionError where layers of another kind lose what they would need of it.
         """
@@ -133,7 +135,7 @@ class ShardedDecoder(nn.Module):
         if tokens is None or (input_ids is not None and inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         is_own_pass = step is None
-        step = step or ForwardPass(self.region, token_mask=_token_mask(attention_mask))
+        step = step or ForwardPass(self.region, token_mask=_token_mask(token_mask, attention_mask, tokens))
         if use_cache is None:
             use_cache = bool(getattr(self.config, "use_cache", False)) and not self.training
         if use_cache and past_key_values is None:
@@ -192,6 +194,7 @@ class ShardedCausalLM(nn.Module):
         shift_labels: Tensor | None = None,
         num_items_in_batch: int | Tensor | None = None,
         gather_logits: bool | None = None,
+        token_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> MoeCausalLMOutputWithPast:
         """As transformers' forward, on one rank's part of the model.
@@ -200,6 +203,8 @@ class ShardedCausalLM(nn.Module):
         num_items_in_batch: divisor of the summed loss; None takes the number of labels that count.
         gather_logits: whether to return logits [B, S, V]; None means only when no labels are given,
         since training needs no logits and they are the largest tensor of the model.
+        token_mask: bool [B, S], false for padding, which then counts in no balance loss and no expert's picks; None
+        takes attention_mask [B, S], or counts all. For batches without one: packed documents, a 4-D mask.
 
         Returns loss (scalar, at least float32, replicated), logits, aux_loss: the sum of the
         balance losses of the MoE layers, not part of `loss`.
@@ -214,7 +219,7 @@ class ShardedCausalLM(nn.Module):
         if tokens is not None:
             has_cache = past_key_values is not None or bool(use_cache)
             region = region.sliced(region.length_to_slice(tokens.shape[1], has_cache=has_cache))
-        step = ForwardPass(region, token_mask=_token_mask(attention_mask))
+        step = ForwardPass(region, token_mask=_token_mask(token_mask, attention_mask, tokens))
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -267,9 +272,24 @@ def _refuse_lost_pass(decoder: Any, step: ForwardPass) -> None:
             )
 
 
-def _token_mask(attention_mask: Tensor | None) -> Tensor | None:
-    """What the balance losses count of a mask as users pass it: [B, S]; a ready-made 4-D one says nothing of tokens."""
-    return attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
+def _token_mask(token_mask: Tensor | None, attention_mask: Tensor | None, tokens: Tensor | None) -> Tensor | None:
+    """Which tokens are none of padding, bool [B, S], as the user says; None where nobody says it.
+
+    attention_mask: [B, L] over cached positions as well; a ready-made 4-D one says nothing of tokens.
+    tokens: [B, S, …]. Raises ConfigError for a token_mask of another shape.
+    """
+    if tokens is None:
+        return None
+    if token_mask is None:
+        if attention_mask is None or attention_mask.ndim != 2:
+            return None
+        token_mask = attention_mask[:, -tokens.shape[1] :]
+    elif token_mask.shape != tokens.shape[:2]:
+        raise ConfigError(
+            f"token_mask has the shape {tuple(token_mask.shape)}, but there are {tuple(tokens.shape[:2])} tokens. Give "
+            f"one value for each token, false for padding."
+        )
+    return token_mask.to(device=tokens.device, dtype=torch.bool)
 
 
 _SUBCLASSES: dict[tuple[type, type], type] = {}

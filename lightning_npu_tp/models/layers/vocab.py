@@ -8,6 +8,7 @@ meet once per loss, over two numbers per token.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_npu_tp.kernels import REFERENCE, Kernels
 from lightning_npu_tp.parallel.collectives import gather_last_dim, group_rank, group_size
 from lightning_npu_tp.parallel.forward_pass import ForwardPass
 from lightning_npu_tp.parallel.plan import chunk_bounds
@@ -30,21 +32,25 @@ class VocabEmbedding(nn.Module):
     """Look up ids in the local slice, zero where the id is another rank's, sum over the ranks.
 
     weight: global [V, D], local [~V/t, D]. The row of `padding_idx` gets no gradient.
+    kernels: of the device; what is done about ids outside of the vocabulary.
     """
 
-    def __init__(self, source: nn.Embedding, region: Region) -> None:
+    def __init__(self, source: nn.Embedding, region: Region, kernels: Kernels = REFERENCE) -> None:
         super().__init__()
         self.weight = source.weight
         self.num_embeddings = source.num_embeddings
         self.padding_idx = source.padding_idx
         self.region = region
+        self.guard_ids = partial(kernels.guard_ids, what="token id", vocab_size=source.num_embeddings)
 
     @override
     def forward(self, ids: Tensor, step: ForwardPass | None = None) -> Tensor:
         """ids: [B, S] global ids, replicated; returns [B, S or slice, D]."""
         group = self.region.groups.tensor()
+        is_outside = (ids < 0) | (ids >= self.num_embeddings)
         if group is None:
-            return F.embedding(ids, local(self.weight), self.padding_idx)
+            rows = F.embedding(ids.masked_fill(is_outside, 0), local(self.weight), self.padding_idx)
+            return self.guard_ids(rows, ids, is_outside)
         start, stop = chunk_bounds(self.num_embeddings, group_rank(group), group_size(group))
         foreign = (ids < start) | (ids >= stop)
         rows = F.embedding((ids - start).masked_fill(foreign, 0), local(self.weight))
@@ -52,21 +58,24 @@ class VocabEmbedding(nn.Module):
             # Its value stays, its gradient goes: `embedding`'s own padding_idx would hit a foreign row 0.
             padding = (ids == self.padding_idx)[..., None]
             rows = torch.where(padding, rows.detach(), rows)
-        return (self.region if step is None else step.region).leave(rows.masked_fill(foreign[..., None], 0))
+        rows = self.guard_ids(rows.masked_fill(foreign[..., None], 0), ids, is_outside)
+        return (self.region if step is None else step.region).leave(rows)
 
 
 class VocabHead(nn.Module):
     """Output head on this rank's slice of the vocabulary.
 
     weight: global [V, D], local [~V/t, D].
+    kernels: of the device; what is done about labels outside of the vocabulary.
     """
 
-    def __init__(self, source: nn.Linear, region: Region) -> None:
+    def __init__(self, source: nn.Linear, region: Region, kernels: Kernels = REFERENCE) -> None:
         super().__init__()
         self.weight = source.weight
         self.bias = source.bias
         self.vocab_size = source.out_features
         self.region = region
+        self.guard_labels = partial(kernels.guard_ids, what="label", vocab_size=source.out_features)
 
     @override
     def forward(self, hidden: Tensor, step: ForwardPass | None = None) -> Tensor:
@@ -85,7 +94,7 @@ class VocabHead(nn.Module):
     def token_losses(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy per token without gathering logits.
 
-        hidden: [T, D], has entered the region. labels: [T] global ids, IGNORED_LABEL counts nothing.
+        hidden: [T, D], has entered the region. labels: [T] global ids, guarded; IGNORED_LABEL counts nothing.
         Returns [T] nats in at least float32, zero where ignored; replicated.
         """
         group = self.region.groups.tensor()
@@ -95,7 +104,9 @@ class VocabHead(nn.Module):
             dtype = torch.get_autocast_dtype(hidden.device.type)
             hidden, weight = hidden.to(dtype), weight.to(dtype)
         start, _ = chunk_bounds(self.vocab_size, group_rank(group), group_size(group))
-        return _VocabCrossEntropy.apply(hidden, weight, bias, labels, start, group)
+        is_outside = (labels < 0) & (labels != IGNORED_LABEL) | (labels >= self.vocab_size)
+        losses = _VocabCrossEntropy.apply(hidden, weight, bias, labels, start, group)
+        return self.guard_labels(losses, labels, is_outside)
 
 
 def _chunk_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, wide: torch.dtype) -> Tensor:

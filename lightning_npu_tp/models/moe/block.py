@@ -48,9 +48,10 @@ class MoEBlock(nn.Module):
     them there, once per rank, so that they take part in every scaling: of accumulation, of mixed precision.
 
     Its own statistics are state of the block, as those of a batch norm are; callbacks read them between steps:
-    tokens_per_expert: int64 [E], the picks of the last forward by expert; on the device, read it when a
-        sync does not hurt. Each token is counted on one rank (tensor ranks that route the same tokens
-        count a share each), so that a sum over all ranks of the world is the global count.
+    tokens_per_expert: int64 [E], the picks of the last forward by expert, without those of padding (the
+        pass's token_mask); on the device, read it when a sync does not hurt. Each token is counted on one
+        rank (tensor ranks that route the same tokens count a share each), so that a sum over all ranks of
+        the world is the global count.
     pending_tokens_per_expert: int64 [E], the same summed over training forwards until somebody zeroes it;
         what a backward pass recomputes is not counted again.
 
@@ -192,13 +193,13 @@ class MoEBlock(nn.Module):
 
     def _record(self, routing: Routing, shape_BS: torch.Size, step: ForwardPass) -> None:
         region, group, mask_BS = step.region, step.region.groups.tensor(), step.token_mask
-        if not step.is_second_run:
-            self._count(routing.experts_TK, region)
-        if not self.training or (self.aux_loss_alpha <= 0 and self.z_loss_coef <= 0):
-            return
         if mask_BS is not None and region.is_sliced:
             assert group is not None
             mask_BS = own_slice(mask_BS, group)
+        if not step.is_second_run:
+            self._count(routing.experts_TK, mask_BS, region)
+        if not self.training or (self.aux_loss_alpha <= 0 and self.z_loss_coef <= 0):
+            return
         reduce = partial(reduce_from_group, group=group) if region.is_sliced else None
         losses = []
         if self.aux_loss_alpha > 0:
@@ -220,14 +221,18 @@ class MoEBlock(nn.Module):
             )
         step.balance_losses.append(total)
 
-    def _count(self, experts_TK: Tensor, region: Region) -> None:
+    def _count(self, experts_TK: Tensor, mask_BS: Tensor | None, region: Region) -> None:
+        counted_TK = torch.ones_like(experts_TK)
+        if mask_BS is not None:
+            # Padding is routed as well, but says nothing of what the experts learn from.
+            counted_TK = counted_TK * mask_BS.reshape(-1, 1).to(counted_TK.dtype)
         group = region.groups.tensor()
         if not region.is_sliced and group is not None:
             first, last = chunk_bounds(len(experts_TK), group_rank(group), group_size(group))
-            experts_TK = experts_TK[first:last]
+            experts_TK, counted_TK = experts_TK[first:last], counted_TK[first:last]
         picks_N = experts_TK.reshape(-1)
         counts_E = torch.zeros(self.num_experts, dtype=torch.int64, device=picks_N.device)
-        self.tokens_per_expert = counts_E.scatter_add_(0, picks_N, torch.ones_like(picks_N))
+        self.tokens_per_expert = counts_E.scatter_add_(0, picks_N, counted_TK.reshape(-1))
         if self.training:
             pending = self.pending_tokens_per_expert
             self.pending_tokens_per_expert = counts_E.clone() if pending is None else pending.add_(counts_E)

@@ -11,7 +11,7 @@ import math
 import pytest
 import torch
 
-from lightning_npu_tp.errors import ConfigError
+from lightning_npu_tp.errors import ConfigError, VocabularyError
 from lightning_npu_tp.kernels import Kernels, cpu_experts, pages, select
 from lightning_npu_tp.kernels.cpu_experts import expert_mlp
 from lightning_npu_tp.kernels.grouped import GroupedPrimitives, RowGroups, grouped_matmul
@@ -224,9 +224,11 @@ def test_whatever_a_kernel_leaves_in_rows_of_other_ranks_never_leaks(name):
 def test_kernels_are_chosen_by_device_and_config():
     others = ("permute", "swiglu", "rms_norm", "rotary", "attention")
     plain = dict.fromkeys(others, "reference")
-    assert select("cpu").names == {"grouped_matmul": "cpu", "expert_mlp": "cpu", **plain}
-    assert select("cuda").names == {"grouped_matmul": "torch_native", "expert_mlp": "composed", **plain}
-    assert select("npu").names == {"grouped_matmul": "npu", "expert_mlp": "composed", **dict.fromkeys(others, "npu")}
+    cuda = {"grouped_matmul": "torch_native", "expert_mlp": "composed", "vocabulary": "cuda"}
+    npu = {"grouped_matmul": "npu", "expert_mlp": "composed", "vocabulary": "reference"}
+    assert select("cpu").names == {**dict.fromkeys(("grouped_matmul", "expert_mlp", "vocabulary"), "cpu"), **plain}
+    assert select("cuda").names == {**cuda, **plain}
+    assert select("npu").names == {**npu, **dict.fromkeys(others, "npu")}
     assert select("cpu").expert_mlp is expert_mlp and select("cuda").expert_mlp is None
 
 
@@ -286,3 +288,22 @@ def test_large_and_small_buffers_are_ordinary_writable_tensors():
     weight.grad = tensor
     torch.optim.SGD([weight], lr=0.5).step()
     assert weight[10, -1].item() == -1.0
+
+
+def guarded(name: str, vocab_size: int) -> torch.Tensor:
+    ids = torch.tensor([[3, 7, 1], [2, 6, 0]]) - (vocab_size == 5) * torch.tensor([[0, 0, 0], [0, 7, 0]])
+    guard = select("cuda", {"vocabulary": name}).guard_ids
+    return guard(torch.ones(2, 3, 4), ids, (ids < 0) | (ids >= vocab_size), what="token id", vocab_size=vocab_size)
+
+
+def test_an_id_outside_of_the_vocabulary_is_an_error_or_nan_and_one_inside_is_neither():
+    words = "A token id is not in the model's vocabulary, 0 to 4: "
+    with pytest.raises(VocabularyError, match=rf"{words}7 at \[0, 1\]") as raised:
+        guarded("cpu", 5)
+    assert isinstance(raised.value, IndexError), "what one process raises"
+    with pytest.raises(RuntimeError, match=f"{words}one of this batch"):
+        guarded("cuda", 5)
+    marked = guarded("reference", 5).isnan()
+    assert marked.all(-1).tolist() == [[False, True, False], [False, True, False]] and int(marked.sum()) == 8
+    for name in ("cpu", "cuda", "reference"):
+        assert torch.equal(guarded(name, 8), torch.ones(2, 3, 4))

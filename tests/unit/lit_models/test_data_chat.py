@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
+import torch
 
 from lightning_npu_tp.errors import DataError
 from lit_models.data import ChatDataModule, load_tokenizer
@@ -262,6 +263,8 @@ def test_every_sample_is_whole_in_exactly_one_sequence_with_positions_of_its_own
     found, predicted = [], 0
     for item in (data[index] for index in range(len(data))):
         inputs, labels, positions = (item[name].numpy() for name in ("input_ids", "labels", "position_ids"))
+        assert item["token_mask"].dtype == torch.bool
+        assert item["token_mask"].tolist() == (inputs != 0).tolist(), "0 pads, and no sample has it"
         starts = [*np.flatnonzero(positions == 0).tolist(), 32]
         for begin, end in zip(starts, starts[1:], strict=False):
             assert positions[begin:end].tolist() == list(range(end - begin))

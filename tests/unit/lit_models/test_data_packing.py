@@ -108,7 +108,11 @@ def test_blank_sequences_even_out_batches_and_count_nothing():
     assert (len(dataset), len(rounded), len(rounded.round_up(4))) == (3, 4, 4)
     assert [rounded[i]["input_ids"].tolist() for i in range(3)] == rows(dataset, "input_ids")
     blank = {key: value.tolist() for key, value in rounded[3].items()}
-    assert blank == {"input_ids": [PAD] * 3, "labels": [IGNORED] * 3, "position_ids": [0, 1, 2]}
+    nothing = {"labels": [IGNORED] * 3, "token_mask": [False] * 3}
+    assert blank == {"input_ids": [PAD] * 3, "position_ids": [0, 1, 2], **nothing}
+    assert rounded[0]["token_mask"].all() and "token_mask" not in pack([[A, B]], sequence_length=3)[0]
+    half = pack([[A, B, C]], sequence_length=3)[1]
+    assert half["token_mask"].tolist() == [True, True, False] == (half["input_ids"] != PAD).tolist()
     assert rounded.num_predicted == dataset.num_predicted
 
 
