@@ -34,7 +34,8 @@ from lightning_npu_tp.tools.small_model import shrink
 from lightning_npu_tp.tools.testing.models import random_batch
 from lightning_npu_tp.tools.testing.ranks import run_ranks
 from lightning_npu_tp.tools.testing.sharded import own_rows
-from lightning_npu_tp.trainer.module_setup import choose_implementations, plain_parameters
+from lightning_npu_tp.trainer.module_setup import plain_parameters
+from lightning_npu_tp.trainer.optimizers import choose_implementations
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _PRECISIONS = {"bfloat16": "bf16-true", "float16": "16-true", "float32": "32-true"}

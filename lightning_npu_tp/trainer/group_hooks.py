@@ -204,7 +204,8 @@ class GroupHooks(CheckpointHooks):
         dataloader_idx: as the loops say it. Whoever else moves a batch may do so on one rank alone.
         """
         trainer = self._module.trainer
-        if dataloader_idx is not None and dist.is_initialized() and (loop := trainer._active_loop) is not None:
+        loop: Any = trainer._active_loop
+        if dataloader_idx is not None and dist.is_initialized() and loop is not None:
             progress = getattr(loop, "epoch_loop", loop).batch_progress
             stage = str(getattr(trainer.state.stage, "value", "a loop"))
             number = progress.current.ready

@@ -6,7 +6,6 @@ metrics and any optimizer meets sharded parameters.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -16,10 +15,9 @@ from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, Wei
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.experimental import register_sharding
-from torch.optim import Adam, AdamW, Optimizer
 from torchmetrics import Metric
 
-from lightning_npu_tp.errors import ConfigError, ConversionError
+from lightning_npu_tp.errors import ConversionError
 from lightning_npu_tp.parallel.layout import Groups
 from lightning_npu_tp.trainer.data_mean import DataSync
 
@@ -58,40 +56,6 @@ def count_samples_once(module: nn.Module, groups: Groups) -> None:
     for metric in module.modules():
         if isinstance(metric, Metric) and metric.dist_sync_fn is None:
             metric.dist_sync_fn = DataSync(groups)
-
-
-# On Ascend the fused kernels loop over the parameters, and for-each, the default there, does not.
-_FUSED_DEVICES = ("cpu", "cuda")
-# Those whose fused kernel DTensor knows.
-_FUSED_OPTIMIZERS = (Adam, AdamW)
-
-
-def choose_implementations(optimizers: Sequence[Optimizer], plain: Sequence[nn.Parameter], device_type: str) -> None:
-    """Where the user left it open, choose how each parameter group is updated; call before the first step.
-
-    plain: parameters that are no DTensors. A group of both kinds is updated in a loop, since torch's
-    fused and for-each updates take one kind only. A sharded group is updated by the fused kernel: one call
-    instead of a DTensor dispatch for each of a dozen operations on each parameter.
-
-    Raises ConfigError where the user asked for an update that a mixed group cannot have.
-    """
-    ids = {id(parameter) for parameter in plain}
-    for optimizer in optimizers:
-        for number, group in enumerate(optimizer.param_groups):
-            kinds = {id(parameter) in ids for parameter in group["params"]}
-            chosen = [option for option in ("fused", "foreach") if group.get(option)]
-            if len(kinds) > 1 and chosen:
-                raise ConfigError(
-                    f"{chosen[0]}=True in parameter group {number} of {type(optimizer).__name__} cannot update sharded "
-                    f"and unsharded parameters together. Put the parameters of your own layers into a parameter group "
-                    f"of their own, or leave {chosen[0]} unset."
-                )
-            if len(kinds) > 1 and "foreach" in group:
-                group["foreach"] = False
-            open_choice = group.get("fused") is None and group.get("foreach") is None
-            if kinds == {False} and open_choice and not group.get("differentiable"):
-                if device_type in _FUSED_DEVICES and isinstance(optimizer, _FUSED_OPTIMIZERS):
-                    group["fused"] = True
 
 
 def averaging_callbacks(trainer: Trainer) -> list[Callback]:

@@ -59,6 +59,7 @@ from lightning_npu_tp.trainer.even_batches import seed_workers_by_data_rank, wit
 from lightning_npu_tp.trainer.explain_error import may_hang, noted
 from lightning_npu_tp.trainer.group_hooks import GroupHooks
 from lightning_npu_tp.trainer.loops import evaluate_without_inference_mode, install_loops, move_results_to_host
+from lightning_npu_tp.trainer.optimizers import choose_implementations, refuse_optimizers
 from lightning_npu_tp.trainer.precision import precision_dtype, rebuild_precision
 from lightning_npu_tp.trainer.resume import Resume
 from lightning_npu_tp.trainer.start_table import summary_table
@@ -313,8 +314,9 @@ class NPUTensorParallelStrategy(GroupHooks):
                 callback.setup(trainer, module, "fit")
             self.optimizers, self.lr_scheduler_configs = [], []
             self.setup_optimizers(trainer)
+            refuse_optimizers(self.optimizers)
             plain = module_setup.plain_parameters(module)
-            module_setup.choose_implementations(self.optimizers, plain, self.root_device.type)
+            choose_implementations(self.optimizers, plain, self.root_device.type)
         if self.layout.data > 1:
             evaluate_without_inference_mode(trainer)
         self.setup_precision_plugin()
