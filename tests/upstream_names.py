@@ -35,6 +35,12 @@ _HCCL = "torch_npu._C._distributed_c10d.ProcessGroupHCCL"
 TORCH = (
     Names(
         "torch",
+        "_assert_async",
+        "An assertion that CUDA reports by itself; every public one reads the tensor on the host.",
+        "AttributeError in the first forward pass on CUDA; kernels.vocabulary=reference does without.",
+    ),
+    Names(
+        "torch",
         "_foreach_add_ _foreach_clamp_max_ _foreach_clamp_min_ _foreach_copy_ _foreach_mul_ _foreach_norm "
         "_foreach_zero_",
         "One launch for all gradients or biases; torch offers no public for-each operators.",

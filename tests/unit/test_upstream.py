@@ -192,7 +192,7 @@ def test_transformers_calls_our_attention_with_what_it_knows(family: str) -> Non
 def test_our_forwards_take_what_transformers_takes(family: str) -> None:
     """Both pass other keywords on, down to layers that leave them: what was renamed would get lost."""
     assert arguments(ShardedDecoder.forward) == arguments(class_of(family, "Model").forward)
-    own = {"gather_logits", "shift_labels", "num_items_in_batch"}
+    own = {"gather_logits", "shift_labels", "num_items_in_batch", "token_mask"}
     # It asks for the router's logits, which conversion refuses in the config.
     refused = {"output_router_logits"}
     assert arguments(ShardedCausalLM.forward) - own == arguments(class_of(family, "ForCausalLM").forward) - refused
