@@ -91,6 +91,7 @@ class GroupHooks(CheckpointHooks):
             timeout=self._timeout,
             device=self.root_device,
             buffer_mb=buffers_mb.pop("world", None),
+            hint=self._launcher.hint if isinstance(self._launcher, ProcessLauncher) else "",
         )
         if self.root_device.type != "cpu":
             # gloo has no thread that ends the process.
