@@ -63,7 +63,13 @@ def optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     if not optimizer.state_dict():
         # Lightning's stand-in where `configure_optimizers` returned None.
         return {}
-    return get_optimizer_state_dict(model, optimizer, options=StateDictOptions(cpu_offload=True))
+    is_new = not optimizer.state
+    found = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(cpu_offload=True))
+    if is_new:
+        # torch has made its state by a step with zero gradients, which Adam would count as one of training.
+        optimizer.state.clear()
+        found["state"] = {}
+    return found
 
 
 def split(checkpoint: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -12,7 +12,7 @@ from functools import cache
 import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import Callback, ModelPruning, StochasticWeightAveraging, WeightAveraging
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.experimental import register_sharding
@@ -102,6 +102,18 @@ def averaging_callbacks(trainer: Trainer) -> list[Callback]:
     """
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     return [callback for callback in callbacks if isinstance(callback, (StochasticWeightAveraging, WeightAveraging))]
+
+
+def refuse_pruning(trainer: Trainer) -> None:
+    """Raise ConfigError for Lightning's ModelPruning, which would mask other weights than in one process."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    for callback in callbacks:
+        if isinstance(callback, ModelPruning):
+            raise ConfigError(
+                f"{type(callback).__name__} replaces each weight by a masked copy that it makes from the whole of it, "
+                f"and the weights of this run are sharded. Leave the callback out, and prune the model that is "
+                f"exported from a checkpoint (lightning-npu-tp export)."
+            )
 
 
 def configure_early(trainer: Trainer, module: LightningModule) -> None:

@@ -279,6 +279,7 @@ class NPUTensorParallelStrategy(GroupHooks):
         assert module is not None
         # Users read it in `configure_model`.
         module._device_mesh = self.meshes.dense
+        module_setup.refuse_pruning(module.trainer)
         if averaging := module_setup.averaging_callbacks(module.trainer):
             if self.layout.data > 1:
                 raise ConfigError(

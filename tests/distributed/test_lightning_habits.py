@@ -343,12 +343,6 @@ def fast(run: Run) -> Foreign:
     return module
 
 
-def pruned(run: Run) -> Foreign:
-    module = Foreign()
-    run.fit(module, run.trainer(callbacks=[callbacks.ModelPruning("l1_unstructured", amount=0.5)]))
-    return module
-
-
 HABITS: dict[str, Any] = {
     "finetuning": finetuning,
     "finetuning resumed": finetuning_resumed,
@@ -371,7 +365,6 @@ HABITS: dict[str, Any] = {
     "limited": limited,
     "overfitted": overfitted,
     "fast": fast,
-    "pruned": pruned,
 }
 
 
