@@ -39,6 +39,13 @@ class Stream(IterableDataset):
         return iter(torch.randint(0, 128, (self.rows, 6), generator=torch.Generator().manual_seed(1)))
 
 
+class Several(Module):
+    """Validates on more than one loader."""
+
+    def validation_step(self, batch: torch.Tensor, batch_idx: int, dataloader_idx: int = 0) -> None:
+        super().validation_step(batch, batch_idx)
+
+
 def stream(batches: int) -> DataLoader:
     return DataLoader(Stream(2 * batches), batch_size=2)
 
@@ -51,7 +58,7 @@ def unequal(rank: int, world: int) -> dict[str, str]:
         strategy = NPUTensorParallelStrategy(init_seed=0, data_parallel_size=2, data_parallel=how, timeout_s=30.0)
         run = trainer(strategy, use_distributed_sampler=False, **settings)
         try:
-            getattr(run, function)(Module(), *loaders)
+            getattr(run, function)(Several() if name == "loaders" else Module(), *loaders)
             told[name] = ""
         except DataError as error:
             told[name] = str(error)
@@ -129,7 +136,7 @@ def ends(rank: int, world: int, folder: str) -> dict[str, Any]:
     of("max_steps", max_steps=7)
     of("max_epochs", max_epochs=2, limit_train_batches=3)
     of("should_stop", Stop())
-    of("max_time", Timer(timedelta(seconds=0)), max_steps=100)
+    of("max_time", Timer(timedelta(milliseconds=1)), max_steps=100)
     of("early stopping", EarlyStopping("val_loss", stopping_threshold=100.0))
     of("at the last step", max_steps=5)
     of("link", max_steps=7, saver={"save_last": "link"})
