@@ -182,7 +182,8 @@ def _room_for(key: str, metadata: Metadata, model: nn.Module, optimizer: Optimiz
     As torch's optimizers load: settings and states are the checkpoint's, also where this run has more or fewer of them
     (a scheduler, amsgrad, a parameter that had no gradient yet).
     """
-    fresh, parameters = get_optimizer_state_dict(model, optimizer), dict(model.named_parameters())
+    fresh: Any = get_optimizer_state_dict(model, optimizer)
+    parameters = dict(model.named_parameters())
     state, groups = dict[str, Any](), list[dict[str, Any]]()
     for name, stored in metadata.state_dict_metadata.items():
         match (metadata.planner_data or {}).get(name, ()):

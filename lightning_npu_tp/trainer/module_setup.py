@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelPruning, StochasticWeightAveraging, WeightAveraging
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.experimental import register_sharding
 from torch.optim import Adam, AdamW, Optimizer
@@ -144,7 +145,7 @@ def let_equal_compare_shards() -> None:
     Collective over all ranks, as DTensor's own; only tensors that are divided differently are gathered.
     """
 
-    def equal(operator: object, arguments: tuple[Tensor, Tensor], options: object) -> bool:
+    def equal(operator: object, arguments: tuple[Any, ...], options: object) -> bool:
         left, right = arguments
         if left.shape != right.shape:
             return False
