@@ -165,6 +165,31 @@ DISTRIBUTED = (
         "AttributeError at conversion.",
     ),
     Names(
+        f"{FSDP}._fsdp_param_group.FSDPParamGroup",
+        "_training_state",
+        "Whether a group that is still gathered waits for a backward pass.",
+        "AttributeError in the forward pass.",
+    ),
+    Names(
+        "torch.distributed.fsdp",
+        "_fully_shard",
+        "The module of `TrainingState`; FSDP makes neither public.",
+        "ImportError.",
+    ),
+    Names(FSDP, "_fsdp_common", "Likewise.", "Likewise."),
+    Names(
+        "torch.distributed.tensor.DTensor",
+        "_op_dispatcher",
+        "`torch.equal` of parameters of different meshes, which Lightning's finetuning callbacks ask for.",
+        "AttributeError in setup.",
+    ),
+    Names(
+        "torch.distributed.tensor.DTensor._op_dispatcher",
+        "_custom_op_handlers",
+        "Likewise: `register_sharding` comes after the refusal of different meshes.",
+        "AttributeError in setup.",
+    ),
+    Names(
         "torch.distributed.ProcessGroupGloo",
         "_Options",
         "A mesh gives its groups torch's default time-out unless it is handed options.",
@@ -344,6 +369,24 @@ LIGHTNING = (
         "_defer_save_until_validation _every_n_train_steps _last_global_step_saved",
         "State that ModelCheckpoint does not save: for which step it has saved, or waits for a validation.",
         "AttributeError at a save; set under another name silently: the step of the checkpoint is saved twice.",
+    ),
+    Names(
+        _SAVER,
+        "_save_last_checkpoint _should_skip_saving_checkpoint _monitor_candidates _last_checkpoint_saved",
+        "Writes last.ckpt at the end of training, under the name and the conditions that Lightning has for it.",
+        "AttributeError at the end of training; the last one silently: save_last='link' leads to an earlier step.",
+    ),
+    Names(
+        "lightning.pytorch.callbacks.BaseFinetuning",
+        "_restarting",
+        "Parameter groups are restored before the optimizers' states, and only in the fit that resumes.",
+        "Silent: the next fit's optimizers get the groups of an old checkpoint.",
+    ),
+    Names(
+        f"{LOOPS}.fit_loop._FitLoop",
+        "_combined_loader",
+        "Whether the loaders of a loop know their lengths.",
+        "AttributeError at the first batch.",
     ),
     Names(
         _STRATEGY,

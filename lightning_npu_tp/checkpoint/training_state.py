@@ -12,7 +12,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -57,8 +59,17 @@ def model_state(model: nn.Module) -> dict[str, Any]:
 
 
 def optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-    """This rank's shards of an optimizer's state, by parameter name, on the CPU."""
-    return get_optimizer_state_dict(model, optimizer, options=StateDictOptions(cpu_offload=True))
+    """This rank's shards of an optimizer's state, by parameter name, on the CPU; {} of one that has no state dict."""
+    if not optimizer.state_dict():
+        # Lightning's stand-in where `configure_optimizers` returned None.
+        return {}
+    is_new = not optimizer.state
+    found = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(cpu_offload=True))
+    if is_new:
+        # torch has made its state by a step with zero gradients, which Adam would count as one of training.
+        optimizer.state.clear()
+        found["state"] = {}
+    return found
 
 
 def split(checkpoint: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -151,17 +162,78 @@ def _load_folder(path: Path, model: nn.Module, optimizers: Sequence[Optimizer], 
     state = get_model_state_dict(model)
     stored = metadata.state_dict_metadata
     _require_fit(path, state, {name.removeprefix(f"{_MODEL_KEY}."): meta for name, meta in stored.items()}, strict)
-    for index, _ in enumerate(optimizers):
+    stateful = [(index, optimizer) for index, optimizer in enumerate(optimizers) if optimizer.state_dict()]
+    for index, _ in stateful:
         if not any(name.startswith(f"optimizer_{index}.") for name in stored):
             raise CheckpointError(f"The checkpoint {path} holds no state of optimizer {index}. {_WEIGHTS_ONLY}")
     if not strict:
         state = {name: value for name, value in state.items() if f"{_MODEL_KEY}.{name}" in stored}
     reader.load_tensors({_MODEL_KEY: state}, path, metadata, peers)
     set_model_state_dict(model, state, options=StateDictOptions(strict=strict))
-    for index, optimizer in enumerate(optimizers):
-        values = get_optimizer_state_dict(model, optimizer)
+    for index, optimizer in stateful:
+        values = _room_for(f"optimizer_{index}", metadata, model, optimizer)
         reader.load_tensors({f"optimizer_{index}": values}, path, metadata, peers)
-        set_optimizer_state_dict(model, optimizer, values)
+        _set_optimizer(path, values, model, optimizer, strict=strict)
+
+
+def _room_for(key: str, metadata: Metadata, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+    """What a folder holds of an optimizer, in its own structure, with tensors to load into.
+
+    As torch's optimizers load: settings and states are the checkpoint's, also where this run has more or fewer of them
+    (a scheduler, amsgrad, a parameter that had no gradient yet).
+    """
+    fresh: Any = get_optimizer_state_dict(model, optimizer)
+    parameters = dict(model.named_parameters())
+    state, groups = dict[str, Any](), list[dict[str, Any]]()
+    for name, stored in metadata.state_dict_metadata.items():
+        match (metadata.planner_data or {}).get(name, ()):
+            case (start, "param_groups", int(number), setting) if start == key:
+                groups += [{} for _ in range(number + 1 - len(groups))]
+                groups[number][setting] = _empty(stored, None)
+            case (start, "state", parameter, *entry) if start == key and parameter in parameters:
+                place, there = state.setdefault(parameter, {}), fresh["state"].get(parameter, {})
+                for step in entry[:-1]:
+                    place, there = place.setdefault(step, {}), there.get(step, {})
+                has = there.get(entry[-1])
+                place[entry[-1]] = _empty(stored, parameters[parameter]) if has is None else has
+    return {"state": state, "param_groups": groups}
+
+
+def _empty(stored: Any, parameter: Tensor | None) -> Tensor | None:
+    """A tensor for what an index describes, sharded as the parameter if it is of its size; None for anything else."""
+    if not isinstance(stored, TensorStorageMetadata):
+        return None
+    dtype = stored.properties.dtype
+    if parameter is not None and parameter.shape == stored.size:
+        return torch.empty_like(parameter, dtype=dtype, requires_grad=False)
+    return torch.empty(stored.size, dtype=dtype)
+
+
+def _set_optimizer(
+    path: Path, values: dict[str, Any], model: nn.Module, optimizer: Optimizer, *, strict: bool, whole: bool = False
+) -> None:
+    """Give an optimizer the settings and states of a checkpoint, by the names of its parameters.
+
+    whole: every tensor is here in one piece.
+    Raises CheckpointError where the two are not of the same parameters.
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    own = {names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]}
+    theirs = {name for group in values["param_groups"] for name in group["params"]}
+    if strict and own != theirs:
+        only = "; ".join(
+            f"{_first(part)} only {where}" for part, where in ((theirs - own, "there"), (own - theirs, "here")) if part
+        )
+        raise CheckpointError(
+            f"The optimizer in {path} trains other parameters than this run's: {only}. Give the optimizer the same "
+            f"ones before the checkpoint is loaded, or start anew from its weights (strategy.resume_weights_only=true)."
+        )
+    set_optimizer_state_dict(model, optimizer, values, options=StateDictOptions(full_state_dict=whole, strict=False))
+
+
+def _first(names: set[str]) -> str:
+    ordered = sorted(names)
+    return ", ".join(ordered[:3]) + (f" and {len(ordered) - 3} more" if len(ordered) > 3 else "")
 
 
 _WEIGHTS_ONLY = (
@@ -179,19 +251,52 @@ def _load_file(
     states = checkpoint.get("optimizer_states", [])
     if len(states) < len(optimizers):
         raise CheckpointError(f"The checkpoint {path} holds no state of optimizer {len(states)}. {_WEIGHTS_ONLY}")
-    if any(isinstance(name, int) for state in states[: len(optimizers)] for name in state["state"]):
+    named = [
+        _named(path, state, model, optimizer, weights) for optimizer, state in zip(optimizers, states, strict=False)
+    ]
+    set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, strict=strict))
+    for optimizer, state in zip(optimizers, named, strict=True):
+        if state.get("state"):
+            _set_optimizer(path, state, model, optimizer, strict=strict, whole=True)
+        # torch looks for a tensor to learn the device from; a stateless optimizer has settings only. And it keeps
+        # settings that the file has not.
+        for group, stored in zip(optimizer.param_groups, state.get("param_groups", []), strict=False):
+            for setting in group.keys() - stored.keys():
+                del group[setting]
+            group.update({name: value for name, value in stored.items() if name != "params"})
+
+
+def _named(
+    path: Path, state: dict[str, Any], model: nn.Module, optimizer: Optimizer, weights: dict[str, Any]
+) -> dict[str, Any]:
+    """An optimizer's state with its parameters' names for the numbers that plain Lightning saves.
+
+    torch's optimizers number their parameters in order. Here that means the same one only where the file's weights come
+    in the order of the model's, and each state has its parameter's size.
+    Raises CheckpointError otherwise.
+    """
+    numbers = [number for group in state.get("param_groups", []) for number in group["params"]]
+    if not any(isinstance(number, int) for number in numbers):
+        return state
+    parameters = dict(model.named_parameters())
+    own = {id(parameter): name for name, parameter in parameters.items()}
+    names = [own.get(id(parameter), "") for group in optimizer.param_groups for parameter in group["params"]]
+    sizes = [len(group["params"]) for group in state["param_groups"]]
+    fits = sizes == [len(group["params"]) for group in optimizer.param_groups]
+    fits = fits and list(parameters) == [name for name in weights if name in parameters]
+    name_of = dict(zip(numbers, names, strict=False))
+    fits = fits and all(
+        not isinstance(value, Tensor) or value.numel() == 1 or value.shape == parameters[name_of[number]].shape
+        for number, entries in state["state"].items()
+        for value in entries.values()
+    )
+    if not fits:
         raise CheckpointError(
             f"The optimizer states in {path}, a file of plain Lightning, say the numbers of their parameters and not "
-            f"the names, and a sharded model may have another order. {_WEIGHTS_ONLY}"
+            f"the names, and this run's optimizer has another order or other groups. {_WEIGHTS_ONLY}"
         )
-    set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, strict=strict))
-    for optimizer, state in zip(optimizers, states, strict=False):
-        if state["state"]:
-            set_optimizer_state_dict(model, optimizer, state, options=StateDictOptions(full_state_dict=True))
-            continue
-        # torch looks for a tensor to learn the device from; a stateless optimizer has settings only.
-        for group, stored in zip(optimizer.param_groups, state["param_groups"], strict=True):
-            group.update({name: value for name, value in stored.items() if name != "params"})
+    groups = [group | {"params": [name_of[number] for number in group["params"]]} for group in state["param_groups"]]
+    return {"state": {name_of[number]: entries for number, entries in state["state"].items()}, "param_groups": groups}
 
 
 def _require_fit(path: Path, wanted: dict[str, Any], stored: dict[str, Any], strict: bool) -> None:

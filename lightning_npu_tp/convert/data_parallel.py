@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed._composable.replicate_with_fsdp import replicate
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 from torch.distributed.tensor import Shard
 
 from lightning_npu_tp.models.moe.experts import RoutedExperts
@@ -82,10 +83,14 @@ def _fsdp_groups(root: nn.Module) -> list[Any]:
     found = []
     for module in root.modules():
         if isinstance(module, FSDPModule):
-            state = module._get_fsdp_state()
-            groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
-            found += [group for group in groups if group is not None]
+            found += _groups_of(module)
     return found
+
+
+def _groups_of(module: FSDPModule) -> list[Any]:
+    state: Any = module._get_fsdp_state()
+    groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+    return [group for group in groups if group is not None]
 
 
 def _shares_parameters(model: nn.Module, path: str) -> bool:
@@ -108,6 +113,29 @@ def _wrap(module: Any, mesh: Any, how: DataParallel, ignored: set[nn.Parameter])
     if mesh.device_type != "cuda":
         # Only NCCL averages while it reduces.
         module.set_force_sum_reduction_for_comms(True)
+    # After FSDP has put its own there, so that this one comes before it.
+    module.register_forward_pre_hook(_reshard_what_is_left, prepend=True)
+
+
+def _reshard_what_is_left(module: Any, arguments: Any) -> None:
+    """Before a forward that may be trained: give up what an earlier one has gathered and no backward pass has left.
+
+    The outermost parameters stay gathered for the backward pass that FSDP expects, replicas all of them. Where there is
+    none (the module was frozen, toggled off by hand, or only evaluated) they would keep the values, and whether they
+    require gradients, of that forward.
+    """
+    if not torch.is_grad_enabled():
+        return
+    for group in _groups_of(module):
+        if group.is_unsharded and group._training_state is TrainingState.IDLE:
+            group.reshard()
+
+
+def reshard_after_step(root: nn.Module) -> None:
+    """After a step of an optimizer: nothing that was gathered before it is what a forward is to compute with."""
+    for group in _fsdp_groups(root):
+        if group._training_state is TrainingState.IDLE:
+            group.reshard()
 
 
 def owned_by_fsdp(root: nn.Module) -> list[FSDPModule]:

@@ -97,10 +97,13 @@ def program(cwd: str) -> list[str]:
     import __main__
 
     spec = getattr(__main__, "__spec__", None)
+    script = os.path.abspath(os.path.join(cwd, sys.argv[0]))
     # A folder or an archive that is run as a script has a spec named "__main__".
     if spec is not None and spec.name != "__main__":
-        return [sys.executable, "-m", spec.name]
-    script = os.path.abspath(os.path.join(cwd, sys.argv[0]))
+        # With -m Python puts the module's file there. In a worker of a pool (joblib's, say) it is the script that the
+        # user has started, and the module is the pool's, which understands another command line.
+        if not os.path.exists(script) or os.path.samefile(script, spec.origin or script):
+            return [sys.executable, "-m", spec.name]
     if not os.path.exists(script):
         raise ConfigError(
             f"Other ranks run the same script, but this process was started from {sys.argv[0]!r}, which is no file. "

@@ -38,6 +38,7 @@ from lightning_npu_tp.launch.supervisor import GRACE_SECONDS, Supervisor, end_no
 # Given each trainer call, whose function and arguments it may read, and the trainer.
 AroundCall = Callable[[functools.partial[Any], pl.Trainer | None], AbstractContextManager[None]]
 
+_LEFT_BEHIND = "LOCAL_RANK, RANK, NODE_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
 _VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE", "OMP_NUM_THREADS")
 
 # The ranks that this process has started. A module variable, because they belong to the script and not to a trainer:
@@ -64,6 +65,8 @@ class ProcessLauncher(_SubprocessScriptLauncher):
     ) -> None:
         super().__init__(cluster_environment, num_processes, num_nodes)
         self._around_call = around_call
+        # Asked now: while a call runs, the variable is there whoever starts the ranks.
+        self._started_by_hand = _started_by_hand(cluster_environment)
         self._watch: SignalWatch | None = None
         self._current: Supervisor | None = None
 
@@ -83,6 +86,16 @@ class ProcessLauncher(_SubprocessScriptLauncher):
                 return self._current.call(call)
             channel = parent_channel()
             return call() if channel is None else channel.call(call)
+
+    @property
+    def hint(self) -> str:
+        """What to look at if the other ranks do not come; a sentence."""
+        if not self._started_by_hand:
+            return "Look whether all of them were started and reach that address."
+        return (
+            f"LOCAL_RANK={self.cluster_environment.local_rank()} in its environment says that somebody else starts the "
+            f"ranks. If nobody does, it is left from another run: unset {_LEFT_BEHIND}, and run again."
+        )
 
     @override
     def kill(self, signum: int) -> None:
@@ -184,7 +197,9 @@ class ProcessLauncher(_SubprocessScriptLauncher):
         if "MASTER_PORT" not in os.environ and type(environment) is LightningEnvironment:
             _reserved_port = _reserved_port or _reserve_port()
             os.environ["MASTER_PORT"] = str(_reserved_port.getsockname()[1])
-        os.environ["MASTER_ADDR"] = environment.main_address
+        # On one machine the ranks meet at home, whatever another run has left in the variable.
+        at_home = self.num_nodes == 1 and type(environment) is LightningEnvironment
+        os.environ["MASTER_ADDR"] = "127.0.0.1" if at_home else environment.main_address
         os.environ["MASTER_PORT"] = str(environment.main_port)
         os.environ["NODE_RANK"] = str(environment.node_rank())
         os.environ["LOCAL_RANK"] = str(environment.local_rank())
@@ -196,6 +211,8 @@ class ProcessLauncher(_SubprocessScriptLauncher):
         for local_rank in range(1, self.num_processes):
             name = f"rank {first + local_rank}"
             env = {**os.environ, "LOCAL_RANK": str(local_rank)}
+            # Nobody's here; left from another run it would be everybody's.
+            env.pop("RANK", None)
             if job is None:
                 command, cwd = [*program(os.getcwd()), *sys.argv[1:]], None
             else:
@@ -210,8 +227,12 @@ class ProcessLauncher(_SubprocessScriptLauncher):
 def check_world(cluster_environment: ClusterEnvironment, num_processes: int, num_nodes: int) -> None:
     """Raise ConfigError if another number of processes was started from outside than the trainer asks for.
 
+    Also for variables that describe no process of such a run: left in the environment by another one, they would make
+    this process wait for ranks that nobody starts.
     num_processes: ranks on this machine, from trainer.devices.
     """
+    if type(cluster_environment) is LightningEnvironment:
+        _refuse_left_behind(cluster_environment, num_processes, num_nodes)
     if not cluster_environment.creates_processes_externally:
         return
     wanted = num_processes * num_nodes
@@ -232,6 +253,35 @@ def check_world(cluster_environment: ClusterEnvironment, num_processes: int, num
         f"{problem[0].upper()}{problem[1:]}, but trainer.devices={num_processes} and trainer.num_nodes={num_nodes} ask "
         f"for {num_processes} on each machine, {wanted} in all. Set trainer.devices to the number of processes per "
         f"machine, or start {num_processes} per machine (torchrun --nproc-per-node={num_processes})."
+    )
+
+
+def _started_by_hand(environment: ClusterEnvironment) -> bool:
+    """Whether LOCAL_RANK alone says that somebody else starts the ranks, and it was not this package."""
+    return (
+        type(environment) is LightningEnvironment
+        and environment.creates_processes_externally
+        and parent_channel() is None
+    )
+
+
+def _refuse_left_behind(environment: LightningEnvironment, num_processes: int, num_nodes: int) -> None:
+    local_rank, node_rank = environment.local_rank(), environment.node_rank()
+    rank, own = os.environ.get("RANK"), node_rank * num_processes + local_rank
+    if node_rank >= num_nodes:
+        problem = f"NODE_RANK={node_rank} (or GROUP_RANK) is in the environment, but trainer.num_nodes is {num_nodes}"
+    elif rank is not None and rank != str(own) and parent_channel() is None:
+        problem = f"RANK={rank} is in the environment, but by LOCAL_RANK and NODE_RANK this process is rank {own}"
+    elif num_processes * num_nodes > 1 and "MASTER_PORT" not in os.environ and _started_by_hand(environment):
+        problem = (
+            f"LOCAL_RANK={local_rank} is in the environment, as if somebody else started the {num_processes} ranks of "
+            f"this machine, but MASTER_PORT, where they would meet, is not"
+        )
+    else:
+        return
+    raise ConfigError(
+        f"{problem}. If it is left from another run, unset {_LEFT_BEHIND}; if you start every rank yourself, set them "
+        f"for each, or let torchrun do it."
     )
 
 

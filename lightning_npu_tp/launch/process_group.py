@@ -19,6 +19,7 @@ from lightning.fabric.plugins.environments import ClusterEnvironment
 
 from lightning_npu_tp.devices.device import NPU, group_options, group_timeout
 from lightning_npu_tp.launch.host_watch import HostWatch, meet_hosts
+from lightning_npu_tp.launch.meeting import keys_of_this_start, waiting_is_told
 
 _Key = tuple[str, str, int, int]
 _stores: dict[_Key, dist.Store] = {}
@@ -34,12 +35,14 @@ def open_process_group(
     timeout: timedelta,
     device: torch.device,
     buffer_mb: int | None = None,
+    hint: str = "",
 ) -> None:
     """Make a default process group of all ranks; every rank calls it the same number of times.
 
     backend: as torch.distributed names it, e.g. "gloo" or "cpu:gloo,npu:hccl".
     timeout: of each collective, and of meeting the other ranks.
     buffer_mb: of one of the group's two buffers, on npu; None is what the environment says.
+    hint: what to look at, told while some rank does not come.
     Raises ConfigError on every rank if the ranks of a host are not consecutive.
     """
     global _watch
@@ -50,8 +53,11 @@ def open_process_group(
         os.environ["MASTER_PORT"] = str(environment.main_port)
         key = (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], rank, world)
         if key not in _stores:
-            meeting = dist.rendezvous("env://", rank=rank, world_size=world, timeout=timeout)
-            _stores[key] = next(iter(meeting))[0]
+            with waiting_is_told(rank, world, f"{key[0]}:{key[1]}", hint):
+                meeting = dist.rendezvous("env://", rank=rank, world_size=world, timeout=timeout)
+                _stores[key] = next(iter(meeting))[0]
+                if dist.is_torchelastic_launched():
+                    _stores[key] = keys_of_this_start(_stores[key], rank=rank, world=world, timeout=timeout)
         _generations[key] += 1
         store = dist.PrefixStore(f"lightning_npu_tp/{_generations[key]}", _stores[key])
     options = group_options(device.type, timeout=timeout, buffer_mb=buffer_mb) if device.type == NPU else None

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 _MOST_KEYS = 5
 _MOST_CHARACTERS = 80
+_STAGES = {"train": "training", "val": "validation", "test": "test", "predict": "prediction"}
 # Of the Trainer's own arguments, by the attribute that keeps them.
 _TRAINER_SETTINGS = (
     "accumulate_grad_batches",
@@ -82,12 +83,18 @@ def require_agreement(settings: Mapping[str, Any], group: dist.ProcessGroup | No
 
 
 def require_equal_batches(
-    batches: float, *, layout: Layout, batches_needed: float = math.inf, group: dist.ProcessGroup | None = None
+    batches: float,
+    *,
+    layout: Layout,
+    batches_needed: float = math.inf,
+    group: dist.ProcessGroup | None = None,
+    stage: str = "train",
 ) -> None:
     """Refuse data ranks that would run out of batches at different times: the others would wait for ever.
 
     batches:        of one epoch on this rank; math.inf where the loader has no length, which is not compared.
     batches_needed: after which the run ends by itself; ranks that all have as many may differ.
+    stage:          whose batches, as Lightning names its loaders: train, val, test or predict.
     Collective over `group` (None: all ranks). Raises the same DataError on every rank.
     """
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size(group) == 1:
@@ -95,18 +102,37 @@ def require_equal_batches(
     by_rank = _gather(batches, group)
     if len(set(by_rank)) == 1 or min(by_rank) >= batches_needed:
         return
-    ranks_of: dict[float, list[int]] = {}
-    for rank, count in enumerate(by_rank):
-        ranks_of.setdefault(count, []).append(rank)
-    found = "; ".join(
-        f"{_count_in_words(count)} on {ranks_in_words(ranks)} (data {ranks_in_words(_data_ranks(ranks, layout))})"
-        for count, ranks in sorted(ranks_of.items())
-    )
-    least = int(min(by_rank))
+    steps = " or trainer.max_steps" if stage == "train" else ""
     raise DataError(
-        f"The ranks have different numbers of training batches: {found}. The longer ones would wait for ever in a "
-        f"collective. Divide the data evenly, drop the rest (drop_last=True), let Lightning's distributed sampler do "
-        f"it, or set trainer.limit_train_batches={least} or trainer.max_steps."
+        f"The ranks have different numbers of {_STAGES[stage]} batches: {_by_count(by_rank, layout)}. The longer ones "
+        f"would wait for ever in a collective. Divide the data evenly, drop the rest (drop_last=True), let Lightning's "
+        f"distributed sampler do it, or set trainer.limit_{stage}_batches={int(min(by_rank))}{steps}."
+    )
+
+
+def require_same_end(ended: bool, *, batches: int, loader: int, layout: Layout, stage: str) -> None:
+    """Refuse data that ends on some ranks only, or from which ranks go on to the next loader at different times.
+
+    ended:   whether this rank has none after these batches.
+    batches: of this epoch so far.
+    loader:  number of the loader of the last one.
+    stage:   as for `require_equal_batches`.
+    Collective over all ranks. Raises the same DataError on every rank.
+    """
+    by_rank = _gather((ended, loader), None)
+    if len(set(by_rank)) == 1:
+        return
+    least = [has_ended for has_ended, _ in by_rank]
+    if not any(least):
+        # With several loaders, the first one of some ranks is the shorter one.
+        least = [number == max(number for _, number in by_rank) for _, number in by_rank]
+        batches -= 1
+    short = [rank for rank, is_short in enumerate(least) if is_short]
+    raise DataError(
+        f"The {_STAGES[stage]} data ends after {batches} batches on {ranks_in_words(short)} (data "
+        f"{ranks_in_words(_data_ranks(short, layout))}), and others have more. They would wait for ever in a "
+        f"collective. Let the iterable data set give every rank as many batches, or set "
+        f"trainer.limit_{stage}_batches={batches}."
     )
 
 
@@ -168,6 +194,16 @@ def _shown(text: str | None) -> str:
 
 def _count_in_words(count: float) -> str:
     return "no known number" if math.isinf(count) else str(int(count))
+
+
+def _by_count(by_rank: list[float], layout: Layout) -> str:
+    ranks_of: dict[float, list[int]] = {}
+    for rank, count in enumerate(by_rank):
+        ranks_of.setdefault(count, []).append(rank)
+    return "; ".join(
+        f"{_count_in_words(count)} on {ranks_in_words(ranks)} (data {ranks_in_words(_data_ranks(ranks, layout))})"
+        for count, ranks in sorted(ranks_of.items())
+    )
 
 
 def _data_ranks(ranks: list[int], layout: Layout) -> list[int]:

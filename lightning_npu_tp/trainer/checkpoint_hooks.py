@@ -40,7 +40,7 @@ from lightning_npu_tp.models.families.family import ModelFamily
 from lightning_npu_tp.models.families.registry import FAMILIES
 from lightning_npu_tp.parallel.layout import Layout
 from lightning_npu_tp.trainer.checkpoint_settings import CheckpointSettings
-from lightning_npu_tp.trainer.resume import Resume
+from lightning_npu_tp.trainer.resume import Resume, restore_finetuning, save_last_step
 from lightning_npu_tp.weights.load import leave_to_checkpoint
 
 # Found by ckpt_path="auto", as it is the newest.
@@ -217,7 +217,8 @@ class CheckpointHooks(ParallelStrategy):
 
     @override
     def on_train_end(self) -> None:
-        """Have every checkpoint on disk, and say again which are missing."""
+        """Have every checkpoint on disk, that of the last step too, and say again which are missing."""
+        save_last_step(self._module.trainer)
         # Where training was stopped within a step, that step never ends.
         self._save_deferred()
         self.wait_for_checkpoints()
@@ -285,6 +286,8 @@ class CheckpointHooks(ParallelStrategy):
             current = identity.manifest_of(trainer, self._module, self.layout, self._known_families, {})
             identity.require_same_model(path, manifest, current, allow_other_tokenizer=settings.allow_other_tokenizer)
         resumes = trainer.state.fn == TrainerFn.FITTING and not settings.resume_weights_only
+        if resumes:
+            restore_finetuning(trainer, state.get("callbacks", {}))
         training_state.load_tensors(
             path,
             state,

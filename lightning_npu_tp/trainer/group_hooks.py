@@ -25,6 +25,7 @@ from lightning_npu_tp.convert.data_parallel import (
     rebind_groups,
     reduce_gradients,
     release_groups,
+    reshard_after_step,
 )
 from lightning_npu_tp.devices.device import NPU, backend_for
 from lightning_npu_tp.devices.hccl_settings import HcclSettings, SettingsReport
@@ -93,6 +94,7 @@ class GroupHooks(CheckpointHooks):
             timeout=self._timeout,
             device=self.root_device,
             buffer_mb=buffers_mb.pop("world", None),
+            hint=self._launcher.hint if isinstance(self._launcher, ProcessLauncher) else "",
         )
         if self.root_device.type != "cpu":
             # gloo has no thread that ends the process.
@@ -170,6 +172,14 @@ class GroupHooks(CheckpointHooks):
         """Average the gradients of layers that conversion left alone; FSDP has done the others."""
         if self._reduces_gradients and self.layout.data > 1:
             average_plain_gradients(module_setup.plain_parameters(self._module), self.meshes.data_group)
+
+    @override
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Make a step; forwards after it compute with what it has made."""
+        result = super().optimizer_step(*args, **kwargs)
+        if self.layout.data > 1:
+            reshard_after_step(self._module)
+        return result
 
     def token_groups(self) -> list[dist.ProcessGroup]:
         """Groups of ranks whose sum of a mixture layer's `tokens_per_expert` is the global count."""

@@ -101,6 +101,12 @@ class TrainingEpochLoop(_TrainingEpochLoop):
         super().run(data_fetcher)
 
     @override
+    def on_run_start(self, data_fetcher: Any) -> None:
+        """Begin an epoch, unless it has no batch on some ranks."""
+        super().on_run_start(data_fetcher)
+        self.trainer.strategy.before_epoch()  # type: ignore[attr-defined]
+
+    @override
     def advance(self, data_fetcher: Any) -> None:
         """Train on one batch, or only begin the end of the one at which the checkpoint was taken."""
         if self.resume.batch_is_open:
@@ -187,10 +193,11 @@ class FitLoop(_FitLoop):
     @override
     def restarting(self, restarting: bool) -> None:
         _FitLoop.restarting.fset(self, restarting)  # type: ignore[attr-defined]
-        # With max_steps Lightning would end an epoch that has ended once more, and count it twice.
+        # With max_steps Lightning would end an epoch that has ended once more, and count it twice; or, where the run
+        # had ended with it, would find each later epoch at its end.
         epoch: Any = self.epoch_progress.current
-        inside = self.epoch_loop
-        at_its_end = epoch.ready == epoch.processed == epoch.completed + 1 and inside.batch_progress.is_last_batch
+        ended = epoch.ready == epoch.processed and epoch.completed in (epoch.processed - 1, epoch.processed)
+        at_its_end = ended and self.epoch_loop.batch_progress.is_last_batch
         if at_its_end and self.resume.left == NOTHING:
             _Loop.restarting.fset(self, False)  # type: ignore[attr-defined]
 

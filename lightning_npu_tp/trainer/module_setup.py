@@ -7,11 +7,12 @@ metrics and any optimizer meets sharded parameters.
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import Callback, ModelPruning, StochasticWeightAveraging, WeightAveraging
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.experimental import register_sharding
@@ -68,6 +69,18 @@ def averaging_callbacks(trainer: Trainer) -> list[Callback]:
     return [callback for callback in callbacks if isinstance(callback, (StochasticWeightAveraging, WeightAveraging))]
 
 
+def refuse_pruning(trainer: Trainer) -> None:
+    """Raise ConfigError for Lightning's ModelPruning, which would mask other weights than in one process."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    for callback in callbacks:
+        if isinstance(callback, ModelPruning):
+            raise ConfigError(
+                f"{type(callback).__name__} replaces each weight by a masked copy that it makes from the whole of it, "
+                f"and the weights of this run are sharded. Leave the callback out, and prune the model that is "
+                f"exported from a checkpoint (lightning-npu-tp export)."
+            )
+
+
 def configure_early(trainer: Trainer, module: LightningModule) -> None:
     """Run `configure_model` before the callbacks' `setup`; it has to bear being called again by contract."""
     strategy = trainer.strategy
@@ -86,3 +99,30 @@ def let_anomaly_detection_read_shards() -> None:
     @register_sharding(torch.ops.aten._is_any_true.default)
     def is_any_true(flags):  # type: ignore[no-untyped-def]
         return [([Replicate()], [Replicate()])]
+
+
+@cache
+def let_equal_compare_shards() -> None:
+    """Let `torch.equal` compare parameters of different meshes, and sharded ones with whole ones.
+
+    DTensor refuses both. Lightning's finetuning callbacks ask it of all parameters, for which of them an optimizer has.
+    Collective over all ranks, as DTensor's own; only tensors that are divided differently are gathered.
+    """
+
+    def equal(operator: object, arguments: tuple[Any, ...], options: object) -> bool:
+        left, right = arguments
+        if left.shape != right.shape:
+            return False
+        if isinstance(left, DTensor) and isinstance(right, DTensor) and _divided_alike(left, right):
+            same = torch.equal(left.to_local(), right.to_local())
+        else:
+            same = torch.equal(*(one.full_tensor() if isinstance(one, DTensor) else one for one in (left, right)))
+        flag = torch.tensor(int(same), device=left.device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MIN)
+        return bool(flag.item())
+
+    DTensor._op_dispatcher._custom_op_handlers[torch.ops.aten.equal.default] = equal
+
+
+def _divided_alike(left: DTensor, right: DTensor) -> bool:
+    return left.device_mesh == right.device_mesh and left.placements == right.placements

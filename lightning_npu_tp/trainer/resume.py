@@ -7,13 +7,14 @@ run begins with that. The strategy fills the object while it loads, the loops (l
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import BaseFinetuning, Callback, ModelCheckpoint
 
 from lightning_npu_tp.checkpoint.rank_state import apply_rank_state, collect_rank_state
 
@@ -81,6 +82,44 @@ class Resume:
                 saver._defer_save_until_validation = True
             elif saver._every_n_train_steps >= 1 and trainer.global_step % saver._every_n_train_steps == 0:
                 saver._last_global_step_saved = trainer.global_step
+
+
+def restore_finetuning(trainer: Trainer, states: Mapping[str, Any]) -> None:
+    """Let the finetuning callbacks make the parameter groups of a checkpoint, before the optimizers' states are loaded.
+
+    Lightning has them do so in `on_fit_start`, and gives them their states only after that where weights are loaded
+    after setup.
+    states: of all callbacks, by their keys.
+    """
+    for callback in _finetuning(trainer):
+        if callback.state_key in states:
+            callback.load_state_dict(deepcopy(states[callback.state_key]))
+            BaseFinetuning.on_fit_start(callback, trainer, trainer.lightning_module)
+
+
+def end_finetuning_restart(trainer: Trainer) -> None:
+    """Once training begins: the next fit's optimizers are not to get the groups of this one's checkpoint."""
+    for callback in _finetuning(trainer):
+        callback._restarting = False
+
+
+def _finetuning(trainer: Trainer) -> list[BaseFinetuning]:
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return [callback for callback in callbacks if isinstance(callback, BaseFinetuning)]
+
+
+def save_last_step(trainer: Trainer) -> None:
+    """At the end of training: let each `last.ckpt` be of the step at which it ended, whatever ended it.
+
+    ModelCheckpoint writes it beside the checkpoints that its settings ask for, so an end between two of those would be
+    in none. Where its last one is of this step nothing is saved again. What it monitors and its best ones stay as
+    they are.
+    """
+    for saver in savers(trainer):
+        if saver.save_last and not saver._should_skip_saving_checkpoint(trainer):
+            # Otherwise save_last="link" would link to the one of the earlier step.
+            saver._last_checkpoint_saved = ""
+            saver._save_last_checkpoint(trainer, saver._monitor_candidates(trainer))
 
 
 def savers(trainer: Trainer) -> list[ModelCheckpoint]:

@@ -53,7 +53,7 @@ from lightning_npu_tp.models.families.family import ModelFamily
 from lightning_npu_tp.models.families.registry import supported
 from lightning_npu_tp.parallel.layout import Dispatch, Layout, Meshes, Size, resolve_dispatch
 from lightning_npu_tp.parallel.recompute import Recompute
-from lightning_npu_tp.trainer import module_setup
+from lightning_npu_tp.trainer import equal_ends, module_setup
 from lightning_npu_tp.trainer.checkpoint_settings import CheckpointSettings, OnSaveError, refuse_removed
 from lightning_npu_tp.trainer.even_batches import seed_workers_by_data_rank, without_repeated_samples
 from lightning_npu_tp.trainer.explain_error import may_hang, noted
@@ -61,7 +61,7 @@ from lightning_npu_tp.trainer.group_hooks import GroupHooks
 from lightning_npu_tp.trainer.loops import evaluate_without_inference_mode, install_loops, move_results_to_host
 from lightning_npu_tp.trainer.optimizers import choose_implementations, refuse_optimizers
 from lightning_npu_tp.trainer.precision import precision_dtype, rebuild_precision
-from lightning_npu_tp.trainer.resume import Resume
+from lightning_npu_tp.trainer.resume import Resume, end_finetuning_restart
 from lightning_npu_tp.trainer.start_table import summary_table
 from lightning_npu_tp.trainer.teardown import close_all
 
@@ -281,6 +281,7 @@ class NPUTensorParallelStrategy(GroupHooks):
         assert module is not None
         # Users read it in `configure_model`.
         module._device_mesh = self.meshes.dense
+        module_setup.refuse_pruning(module.trainer)
         if averaging := module_setup.averaging_callbacks(module.trainer):
             if self.layout.data > 1:
                 raise ConfigError(
@@ -301,6 +302,7 @@ class NPUTensorParallelStrategy(GroupHooks):
         module_setup.refuse_fsdp1(module)
         if trainer._detect_anomaly:
             module_setup.let_anomaly_detection_read_shards()
+        module_setup.let_equal_compare_shards()
         self.leave_weights_to_checkpoint()
         self._convert_models(module)
         if self.world_size > 1:
@@ -414,8 +416,36 @@ class NPUTensorParallelStrategy(GroupHooks):
     def on_train_start(self) -> None:
         """Refuse data ranks with different numbers of batches."""
         trainer = self._module.trainer
+        end_finetuning_restart(trainer)
         needed = trainer.max_steps * trainer.accumulate_grad_batches if trainer.max_steps >= 0 else math.inf
         require_equal_batches(trainer.num_training_batches, layout=self.layout, batches_needed=needed)
+
+    def before_epoch(self) -> None:
+        """Before the batches of an epoch: refuse ranks of which some have none, and see to new parameter groups."""
+        plain = module_setup.plain_parameters(self._module)
+        module_setup.choose_implementations(self.optimizers, plain, self.root_device.type)
+        equal_ends.before_batches(self._module.trainer, self.layout, self.options)
+
+    @override
+    def on_validation_start(self) -> None:
+        """Refuse ranks with different numbers of batches; so do the test and the prediction."""
+        equal_ends.before_batches(self._module.trainer, self.layout, self.options)
+
+    @override
+    def on_test_start(self) -> None:
+        """Refuse ranks with different numbers of batches."""
+        self.on_validation_start()
+
+    @override
+    def on_predict_start(self) -> None:
+        """Refuse ranks with different numbers of batches."""
+        self.on_validation_start()
+
+    @override
+    def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
+        """Move a batch to the device, once it is known that every rank has one."""
+        equal_ends.at_batch(self._module.trainer, self.layout, self.options, dataloader_idx)
+        return super().batch_to_device(batch, device, dataloader_idx)
 
     @property
     @override

@@ -113,6 +113,7 @@ def test_torchrun_ends_with_the_error_of_the_rank_that_failed(start):
 
 def test_a_local_rank_beyond_the_devices_is_told_the_numbers(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setenv("MASTER_PORT", "29500")
     with pytest.raises(ConfigError, match=r"local rank 2, so there are at least 3, but trainer.devices=2"):
         check_world(LightningEnvironment(), 2, 1)
     check_world(LightningEnvironment(), 3, 1)
