@@ -159,6 +159,18 @@ DISTRIBUTED = (
         "AttributeError at conversion.",
     ),
     Names(
+        f"{FSDP}._fsdp_state.FSDPState",
+        "_lazy_init",
+        "The model is FSDP's root, also where a part of it runs first; no public way says which module is.",
+        "AttributeError at the first call over data ranks.",
+    ),
+    Names(
+        f"{FSDP}._fsdp_state.FSDPState",
+        "_training_state",
+        "Whether a part is called from the forward that has gathered its parameters, or by itself.",
+        "AttributeError at the first call over data ranks.",
+    ),
+    Names(
         "torch.distributed.ProcessGroupGloo",
         "_Options",
         "A mesh gives its groups torch's default time-out unless it is handed options.",

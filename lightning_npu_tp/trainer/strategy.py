@@ -36,6 +36,7 @@ from lightning_npu_tp.checkpoint.choose import asked_for
 from lightning_npu_tp.convert.convert import Options, convert, materialize_rest, rebind_converted
 from lightning_npu_tp.convert.data_parallel import (
     DataParallel,
+    drop_gathered,
     reset_after_failed_step,
 )
 from lightning_npu_tp.devices.device import idle_npus
@@ -53,6 +54,7 @@ from lightning_npu_tp.models.families.family import ModelFamily
 from lightning_npu_tp.models.families.registry import supported
 from lightning_npu_tp.parallel.layout import Dispatch, Layout, Meshes, Size, resolve_dispatch
 from lightning_npu_tp.parallel.recompute import Recompute
+from lightning_npu_tp.parallel.whole_values import WholeValues
 from lightning_npu_tp.trainer import module_setup
 from lightning_npu_tp.trainer.checkpoint_settings import CheckpointSettings, OnSaveError, refuse_removed
 from lightning_npu_tp.trainer.even_batches import without_repeated_samples
@@ -219,7 +221,8 @@ class NPUTensorParallelStrategy(GroupHooks):
         """What a trainer call runs inside of: notes which checkpoint it was given, and explains what it raises."""
         self.asked_checkpoint = asked_for(call.func, call.args, call.keywords)
         try:
-            yield
+            with WholeValues():
+                yield
         except (RuntimeError, ConnectionError) as error:
             expect_unwinding(error)
             explained = noted(error, trainer)
@@ -314,6 +317,8 @@ class NPUTensorParallelStrategy(GroupHooks):
             self.setup_optimizers(trainer)
             plain = module_setup.plain_parameters(module)
             module_setup.choose_implementations(self.optimizers, plain, self.root_device.type)
+            for optimizer in self.optimizers:
+                optimizer.register_step_post_hook(lambda *_: drop_gathered(module))
         if self.layout.data > 1:
             evaluate_without_inference_mode(trainer)
         self.setup_precision_plugin()
