@@ -76,6 +76,12 @@ TORCH = (
         "TorchDispatchMode sees every operator; there is no public name for it.",
         "ImportError in audit, prove and the testing kit.",
     ),
+    Names(
+        "torch.overrides",
+        "_get_current_function_mode",
+        "Whether the mode that is left for a model's forward is the innermost one; torch can only leave that.",
+        "ImportError.",
+    ),
     Names("torch.utils", "_device", "The module of `_device_constructors`.", "ImportError in audit."),
     Names(
         "torch.utils._device",

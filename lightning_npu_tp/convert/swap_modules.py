@@ -30,7 +30,11 @@ def find_swaps(model: nn.Module, family: ModelFamily, config: object) -> list[Sw
     """
     swaps: list[Swap] = []
     own: list[str] = []
-    packages = {"torch", "transformers", *(_package(c) for c in type(model).__mro__ if c.__name__ == family.model_class)}
+    packages = {
+        "torch",
+        "transformers",
+        *(_package(c) for c in type(model).__mro__ if c.__name__ == family.model_class),
+    }
 
     def visit(parent: nn.Module, path: str) -> None:
         for name, child in parent.named_children():
@@ -46,9 +50,9 @@ def find_swaps(model: nn.Module, family: ModelFamily, config: object) -> list[Sw
     visit(model, "")
     if own and family in FAMILIES:
         raise ConversionError(
-            f"{', '.join(own)}: a class of your own in the place of one that the family {family.name} replaces, so that "
-            f"its forward would be lost. Put transformers' own class there, or pass a ModelFamily in families= whose "
-            f"swaps name yours."
+            f"{', '.join(own)}: a class of your own in the place of one that the family {family.name} replaces, so "
+            f"that its forward would be lost. Put transformers' own class there, or pass a ModelFamily in families= "
+            f"whose swaps name yours."
         )
     found = Counter(swap.kind for swap in swaps)
     expected = Counter(family.expected(config)) if family.expected else Counter(dict.fromkeys(family.swaps, 1))
@@ -59,7 +63,8 @@ def find_swaps(model: nn.Module, family: ModelFamily, config: object) -> list[Sw
     ]
     if wrong:
         raise ConversionError(
-            f"{type(model).__name__} does not look like {family.name}: it has {', '.join(wrong)}. {_why(model, packages)}"
+            f"{type(model).__name__} does not look like {family.name}: it has {', '.join(wrong)}. "
+            + _why(model, packages)
         )
     return swaps
 
@@ -74,7 +79,11 @@ def _named(path: str, module: nn.Module) -> str:
 
 def _why(model: nn.Module, packages: set[str]) -> str:
     """What a wrong number of modules may come from."""
-    own = [_named(path, module) for path, module in model.named_modules() if path and _package(type(module)) not in packages]
+    own = [
+        _named(path, module)
+        for path, module in model.named_modules()
+        if path and _package(type(module)) not in packages
+    ]
     if own:
         return (
             f"Classes of your own are among its modules ({', '.join(own)}): put transformers' own class there, or pass "

@@ -35,7 +35,7 @@ def _accepts_pass(forward: Callable[..., Any]) -> bool:
 
 
 def handed(step: ForwardPass, module: Any) -> dict[str, ForwardPass]:
-    """Keyword arguments that hand `step` to `module`: none to a layer of a user's own whose forward does not take it."""
+    """Keyword arguments that hand `step` to `module`: none to a module of a user's whose forward does not take it."""
     return {"step": step} if _accepts_pass(type(module).forward) else {}
 
 

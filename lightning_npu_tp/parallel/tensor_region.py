@@ -20,7 +20,6 @@ from lightning_npu_tp.parallel.collectives import copy_to_group, group_size, red
 from lightning_npu_tp.parallel.layout import DATA_AXIS, EXPERT_REPLICA_AXIS, Groups
 from lightning_npu_tp.parallel.sequence import gather_sequence, reduce_to_sequence, slice_sequence
 
-
 _SHARED_OVER_DATA = (DATA_AXIS, EXPERT_REPLICA_AXIS)
 
 
@@ -44,8 +43,8 @@ def tensor_part(parameter: Tensor) -> Tensor:
         if is_shared and (has_gradient or not placement.is_replicate()):
             raise ConversionError(
                 f"A parameter of shape {tuple(parameter.shape)} is shared over {mesh.size(index)} data ranks and was "
-                f"used outside of the forward that gathers it. Call the module that it belongs to, as module(...), and "
-                f"neither a copy of it nor another of its methods, or take parameter.full_tensor()."
+                f"used outside of the forward that gathers it. Call the module that it belongs to, as module(...), "
+                f"neither a copy of it nor another of its methods, or compute with the parameter itself, as if whole."
             )
     return parameter.to_local()
 

@@ -3,31 +3,37 @@
 DTensor itself refuses expressions of plain and sharded tensors or of two meshes, gives a DTensor as the sum of a loss
 and a norm, and reads the local part where a number is asked for on the host (`weight.norm().item()`), without a word.
 Inside `WholeValues` a scalar made of shards is a plain tensor, the same on every rank; sharded tensors beside plain
-ones are gathered; for-each functions over a mixture run on each kind. The strategy has every trainer call inside of it.
+ones are gathered; for-each functions over a mixture run on each kind. The strategy has every trainer call inside of it,
+but for the forward of a converted model.
 
 Collective: every rank of the tensors' mesh must compute the expression.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import MethodWrapperType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode
 from typing_extensions import override
 
 from lightning_npu_tp.parallel.layout import TENSOR_AXIS
 
 # Functions that give numbers to the host.
-_READ = frozenset(
-    "item tolist numpy __array__ __bool__ __complex__ __contains__ __float__ __index__ __int__".split()
+_READ = frozenset("item tolist numpy __array__ __bool__ __complex__ __contains__ __float__ __index__ __int__".split())
+
+
+# Methods that are about the tensor object and compute nothing of it.
+_ABOUT_ITSELF = frozenset(
+    "register_hook register_post_accumulate_grad_hook backward __deepcopy__ __reduce_ex__ __repr__ __format__".split()
 )
-# Of Tensor's properties, whose functions are bound to them.
-_Accessor = type(Tensor.shape.__get__)
 
 
 class WholeValues(TorchFunctionMode):
@@ -38,16 +44,38 @@ class WholeValues(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if type(func) is _Accessor or not any(_has_shards(value) for value in (*args, *kwargs.values())):
+        # Tensor's properties are asked by such a wrapper, and often.
+        if type(func) is MethodWrapperType or not any(_has_shards(value) for value in (*args, *kwargs.values())):
             return func(*args, **kwargs)
         name = getattr(func, "__name__", "")
         if name.startswith("_foreach_"):
             return _for_each_kind(func, args, kwargs)
         if name in _READ:
             return func(*_plain(args), **_plain(kwargs))
-        if _is_mixture((*args, *kwargs.values())) and not (_writes(name, kwargs) and _has_shards(args[0])):
+        if _writes(name, kwargs) or name in _ABOUT_ITSELF:
+            return func(*args, **kwargs)
+        if _is_mixture((*args, *kwargs.values())):
             return func(*_plain(args), **_plain(kwargs))
+        if torch.is_grad_enabled():
+            args = tuple(map(_aligned, args))
         return _without_sharded_scalars(func(*args, **kwargs), args)
+
+
+@contextmanager
+def paused() -> Iterator[None]:
+    """Leave `WholeValues` for code that computes on local parts, where it would cost a microsecond an operation.
+
+    Not where the code of a user's has entered another mode of torch's inside of it.
+    """
+    mode = _get_current_function_mode()
+    if not isinstance(mode, WholeValues):
+        yield
+        return
+    mode.__exit__(None, None, None)
+    try:
+        yield
+    finally:
+        mode.__enter__()
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -80,6 +108,28 @@ class _Whole(torch.autograd.Function):
         return DTensor.from_local(gradient, ctx.mesh, everywhere, run_check=False).redistribute(placements=placements)
 
 
+def _aligned(value: Any) -> Any:
+    """A parameter whose gradient will have the parameter's placements; anything else as it is."""
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_aligned, value)) if _has_shards(value) else value
+    return _Aligned.apply(value) if type(value) is DTensor and value.requires_grad and value.is_leaf else value
+
+
+class _Aligned(torch.autograd.Function):
+    """DTensor's gradient of a mean is replicated and that of a variance partial; FSDP and optimizers want shards."""
+
+    @staticmethod
+    @override
+    def forward(ctx: Any, parameter: DTensor) -> Tensor:
+        ctx.placements = parameter.placements
+        return parameter.view_as(parameter)
+
+    @staticmethod
+    @override
+    def backward(ctx: Any, gradient: DTensor) -> DTensor:
+        return gradient if gradient.placements == ctx.placements else gradient.redistribute(placements=ctx.placements)
+
+
 def _has_shards(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return any(type(each) is DTensor for each in value)
@@ -88,7 +138,7 @@ def _has_shards(value: Any) -> bool:
 
 def _is_mixture(values: tuple[Any, ...]) -> bool:
     """Whether there are DTensors of two meshes, or plain tensors that DTensor does not take for replicated scalars."""
-    kinds = set()
+    kinds: set[DeviceMesh | None] = set()
     for value in values:
         for each in value if isinstance(value, (list, tuple)) else (value,):
             if type(each) is DTensor:
@@ -101,7 +151,7 @@ def _is_mixture(values: tuple[Any, ...]) -> bool:
 def _writes(name: str, kwargs: dict[str, Any]) -> bool:
     """Whether a function changes its first argument, which must stay what it is."""
     is_operator = name.startswith("__") and name.endswith("__")
-    return name.startswith("__i") or name == "__setitem__" if is_operator else name.endswith("_") or "out" in kwargs
+    return name.startswith("__i") or name == "__setitem__" if is_operator else name.endswith("_") or kwargs.get("out") is not None
 
 
 def _plain(value: Any) -> Any:
@@ -113,7 +163,7 @@ def _plain(value: Any) -> Any:
 
 
 def _without_sharded_scalars(result: Any, args: tuple[Any, ...]) -> Any:
-    """The result with plain tensors for scalars that are made of tensors with axes; a scalar's own copy stays sharded."""
+    """The result with plain tensors for scalars made of tensors that have axes; a scalar's own copy stays sharded."""
     if type(result) is DTensor and result.ndim == 0:
         return result if all(each.ndim == 0 for each in args if type(each) is DTensor) else whole(result)
     if type(result) in (list, tuple):

@@ -1,6 +1,6 @@
 """A model whose parts are called past its `__call__`, over data ranks, has the losses and gradients of one process.
 
-Catches a data rank's slice that is taken for the whole where an embedding, a head, a layer's part or `forward` itself is
+Catches a data rank's slice that is taken for the whole where an embedding, a head, a layer's part or `forward` is
 called, gradients of such calls that stay one rank's own, a first call that makes FSDP refuse all later ones, weights of
 before the optimizer's step that a forward pass without a backward pass left behind, and calls after the trainer's end.
 """
@@ -148,7 +148,9 @@ class Direct(LightningModule):
             self.network.zero_grad()
             loss = way(self.network, batch)
             self.manual_backward(loss)
-            gradients = {name: whole(p.grad).clone() for name, p in self.network.named_parameters() if p.grad is not None}
+            gradients = {
+                name: whole(p.grad).clone() for name, p in self.network.named_parameters() if p.grad is not None
+            }
             self.found[way.__name__] = {"loss": self.trainer.strategy.reduce(loss).item(), "gradients": gradients}
 
     def configure_optimizers(self) -> Any:
@@ -204,7 +206,10 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "replicate": (2, {"data_parallel_size": 2, "data_parallel": "replicate"}),
     "recompute": (2, {"data_parallel_size": 2, "recompute": "block"}),
     "all": (4, {"data_parallel_size": 2, "tensor_parallel_size": 2, "expert_parallel_size": 4}),
-    "four, replicas of experts": (4, {"data_parallel_size": 2, "tensor_parallel_size": 2, "data_parallel": "replicate"}),
+    "four, replicas of experts": (
+        4,
+        {"data_parallel_size": 2, "tensor_parallel_size": 2, "data_parallel": "replicate"},
+    ),
 }
 
 

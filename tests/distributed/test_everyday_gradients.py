@@ -1,7 +1,8 @@
 """What people write about weights and gradients gives one process's numbers where these are sharded.
 
-Catches a number that is one rank's part of a norm or a sum, a penalty whose gradient is scaled by the ranks, expressions
-over parameters of several meshes and plain ones that torch refuses, and a log of a sharded value that hangs or crashes.
+Catches a number that is one rank's part of a norm or a sum, a penalty whose gradient is scaled by the ranks,
+expressions over parameters of several meshes and plain ones that torch refuses, and a log of a sharded value that
+crashes.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class Everyday(LightningModule):
         self.network = reference_model(tiny_config("deepseek_v2", num_hidden_layers=2), attention="sdpa").train()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(5)
-            self.head = nn.Linear(64, 1).double()
+            self.head = nn.Linear(64, 1, dtype=torch.float64)
         self.clips, self.found = clips, {}
         self.automatic_optimization = clips is None
 
@@ -107,14 +108,15 @@ def train(rank: int, world_size: int, settings: dict[str, Any] | None, clips: fl
     return {**module.found, "logged": {name: float(value) for name, value in run.callback_metrics.items()}}
 
 
+def train_plain(rank: int, world_size: int) -> dict[float | None, dict[str, Any]]:
+    with float64_reference():
+        return {clips: train(0, 1, None, clips) for clips in (None, 0.05)}
+
+
 @pytest.fixture(scope="module")
-def plain() -> dict[float | None, dict[str, Any]]:
+def plain(on_ranks: Any) -> dict[float | None, dict[str, Any]]:
     """What plain Lightning and transformers compute in one process, by the norm to clip at."""
-    found = {}
-    for clips in (None, 0.05):
-        with float64_reference():
-            found[clips] = train(0, 1, None, clips)
-    return found
+    return on_ranks(train_plain, 1, backend=None)[0]
 
 
 @pytest.mark.parametrize("clips", [None, 0.05], ids=["logged", "clipped"])

@@ -25,6 +25,7 @@ from lightning_npu_tp.models.layers.vocab import IGNORED_LABEL
 from lightning_npu_tp.parallel.forward_pass import ForwardPass, handed
 from lightning_npu_tp.parallel.layout import Groups
 from lightning_npu_tp.parallel.tensor_region import Region
+from lightning_npu_tp.parallel.whole_values import paused
 
 # transformers builds no mask for an implementation that it has no mask function for: ours come in
 # ready made (bool [B, 1, S, L]) or are None, which means causal.
@@ -111,6 +112,7 @@ class ShardedDecoder(nn.Module):
     region: Region = Region(Groups())
 
     @capture_outputs
+    @paused()
     @override
     def forward(
         self,
@@ -178,6 +180,7 @@ class ShardedCausalLM(nn.Module):
     lm_head: Any
 
     @can_return_tuple
+    @paused()
     @override
     def forward(
         self,

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_npu_tp.errors import ConfigError
-from lightning_npu_tp.parallel.tensor_region import tensor_part
 from lightning_npu_tp.parallel.layout import divisors
+from lightning_npu_tp.parallel.tensor_region import tensor_part
 
 TOPK_METHODS = ("greedy", "group_limited_greedy", "noaux_tc")
 SCORINGS = ("softmax", "sigmoid")
