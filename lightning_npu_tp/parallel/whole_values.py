@@ -11,6 +11,7 @@ Collective: every rank of the tensors' mesh must compute the expression.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import MethodWrapperType
@@ -54,7 +55,7 @@ class WholeValues(TorchFunctionMode):
             return func(*_plain(args), **_plain(kwargs))
         if _writes(name, kwargs) or name in _ABOUT_ITSELF:
             return func(*args, **kwargs)
-        if _is_mixture((*args, *kwargs.values())):
+        if _is_mixture((*args, *kwargs.values())) or (torch.is_grad_enabled() and _is_max_norm(args, kwargs)):
             return func(*_plain(args), **_plain(kwargs))
         if torch.is_grad_enabled():
             args = tuple(map(_aligned, args))
@@ -148,10 +149,22 @@ def _is_mixture(values: tuple[Any, ...]) -> bool:
     return len(kinds) > 1
 
 
+def _is_max_norm(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a norm is asked for whose gradient is NaN, or a hang, by DTensor's own formula (torch 2.13)."""
+    orders = (*args[1:], *kwargs.values())
+    return (
+        type(args[0]) is DTensor
+        and args[0].requires_grad
+        and any(isinstance(order, float) and math.isinf(order) for order in orders)
+    )
+
+
 def _writes(name: str, kwargs: dict[str, Any]) -> bool:
     """Whether a function changes its first argument, which must stay what it is."""
     is_operator = name.startswith("__") and name.endswith("__")
-    return name.startswith("__i") or name == "__setitem__" if is_operator else name.endswith("_") or kwargs.get("out") is not None
+    if is_operator:
+        return name.startswith("__i") or name == "__setitem__"
+    return name.endswith("_") or kwargs.get("out") is not None
 
 
 def _plain(value: Any) -> Any:

@@ -71,7 +71,7 @@ class Everyday(LightningModule):
         self.log("least", min(p.min() for p in self.parameters()), on_step=True, on_epoch=True)
         self.log("largest", max(p.grad.abs().max() for p in self.parameters()), sync_dist=True, reduce_fx="max")
         self.found["read"] = [weight.norm().item(), float(weight.mean()), weight.grad.norm(1).item()]
-        self.found["compared"] = bool(weight.norm() > 1e6) or weight.max() < 0
+        self.found["compared"] = bool(weight.norm() > 1e6) or bool(weight.max() < 0)
         self.found["stacked"] = torch.stack([p.grad.norm() for p in self.parameters()]).norm().item()
 
     def configure_optimizers(self) -> Any:
