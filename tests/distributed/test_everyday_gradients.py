@@ -43,12 +43,12 @@ class Everyday(LightningModule):
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         network, layers = self.network, self.network.model.layers
-        # Before the model's forward and after it: FSDP has other tensors in the parameters' places then.
+        # Before the model's first forward and after its last: FSDP has other tensors in the parameters' places then.
         penalty = layers[1].mlp.experts.down_proj.pow(2).sum() + network.model.embed_tokens.weight.norm()
         loss = network(input_ids=batch, labels=batch).loss
-        penalty = penalty + network.lm_head.weight.pow(2).sum() + layers[0].self_attn.o_proj.weight.abs().mean()
         hidden = network.model(input_ids=batch).last_hidden_state
         tied = F.linear(hidden, network.model.embed_tokens.weight).pow(2).mean()
+        penalty = penalty + network.lm_head.weight.pow(2).sum() + layers[0].self_attn.o_proj.weight.abs().mean()
         loss = loss + 0.1 * penalty + self.head(hidden).pow(2).mean() + 0.1 * tied
         self.found["loss"] = self.trainer.strategy.reduce(loss.detach()).item()
         if self.clips is not None:
