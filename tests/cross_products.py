@@ -43,9 +43,10 @@ IN_MAKE_TEST: dict[str, tuple[str, ...]] = {
     # One way first in each layout; both families and a tied embedding once.
     "test_parts_called_by_themselves_compute_what_one_process_computes": (
         "tensor-llama-",
-        "shard-deepseek_v2-",
-        "replicate-llama-tied",
+        "shard-deepseek_v2-tied",
+        "replicate-llama-",
     ),
+    "test_an_expression_over_shards_has_the_value_and_the_gradient_of_the_whole": ("4",),
     "test_norms_penalties_logs_and_clipping_are_those_of_whole_tensors": ("shard-*", "replicas-logged"),
     "test_any_layout_resumes_from_any_other": ("tensor-both",),
     # 25 pairs of layouts; `test_any_layout_resumes_from_any_other` has one.

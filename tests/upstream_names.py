@@ -468,6 +468,7 @@ NOT_PRIVATE = {
     "_npu_dtype_cast": "an operator of torch_npu that the simulator computes; tests/sim runs it",
     "_npu_dtype_cast_backward": "likewise",
     "_npu_moe_token_unpermute": "likewise",
+    "_foreach_": "the beginning of the names of torch's for-each functions, whatever they are",
     "_after_torch_npu": "ours, in ascend_sim",
     "_ascend_sim_hook": "ours, in ascend_sim",
     "_lightning_npu_tp": "our mark on a converted model",
