@@ -44,6 +44,14 @@ IN_MAKE_TEST: dict[str, tuple[str, ...]] = {
     "test_all_to_all_asks_the_host_once_per_layer_and_never_backward": ("none-whole-npu", "block-slices-npu"),
     "test_a_step_moves_hardly_more_than_its_layout_must": ("sizes5-*",),
     "test_data_ranks_train_what_one_process_trains": ("*-2",),
+    # One way first in each layout; both families and a tied embedding once.
+    "test_parts_called_by_themselves_compute_what_one_process_computes": (
+        "tensor-llama-",
+        "shard-deepseek_v2-tied",
+        "replicate-llama-",
+    ),
+    "test_an_expression_over_shards_has_the_value_and_the_gradient_of_the_whole": ("4",),
+    "test_norms_penalties_logs_and_clipping_are_those_of_whole_tensors": ("shard-clipped", "replicas-logged"),
     "test_any_layout_resumes_from_any_other": ("tensor-both",),
     # 25 pairs of layouts; `test_any_layout_resumes_from_any_other` has one.
     "test_every_layout_resumes_from_every_other": (),

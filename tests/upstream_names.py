@@ -82,6 +82,12 @@ TORCH = (
         "TorchDispatchMode sees every operator; there is no public name for it.",
         "ImportError in audit, prove and the testing kit.",
     ),
+    Names(
+        "torch.overrides",
+        "_get_current_function_mode",
+        "Whether the mode that is left for a model's forward is the innermost one; torch can only leave that.",
+        "ImportError.",
+    ),
     Names("torch.utils", "_device", "The module of `_device_constructors`.", "ImportError in audit."),
     Names(
         "torch.utils._device",
@@ -188,6 +194,18 @@ DISTRIBUTED = (
         "_custom_op_handlers",
         "Likewise: `register_sharding` comes after the refusal of different meshes.",
         "AttributeError in setup.",
+    ),
+    Names(
+        f"{FSDP}._fsdp_state.FSDPState",
+        "_lazy_init",
+        "The model is FSDP's root, also where a part of it runs first; no public way says which module is.",
+        "AttributeError at the first call over data ranks.",
+    ),
+    Names(
+        f"{FSDP}._fsdp_state.FSDPState",
+        "_training_state",
+        "Whether a part is called from the forward that has gathered its parameters, or by itself.",
+        "AttributeError at the first call over data ranks.",
     ),
     Names(
         "torch.distributed.ProcessGroupGloo",
@@ -500,6 +518,7 @@ NOT_PRIVATE = {
     "_npu_dtype_cast": "an operator of torch_npu that the simulator computes; tests/sim runs it",
     "_npu_dtype_cast_backward": "likewise",
     "_npu_moe_token_unpermute": "likewise",
+    "_foreach_": "the beginning of the names of torch's for-each functions, whatever they are",
     "_after_torch_npu": "ours, in ascend_sim",
     "_ascend_sim_hook": "ours, in ascend_sim",
     "_lightning_npu_tp": "our mark on a converted model",

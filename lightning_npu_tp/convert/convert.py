@@ -181,8 +181,9 @@ def _convert_one(model_name: str, model: nn.Module, family: ModelFamily, setup: 
     family.check(config)
     specs = _specs(model, family, config, setup)
     swaps = find_swaps(model, family, config)
+    keep_foreign = family in FAMILIES
     for path, mixin in family.mixins.items():
-        check_parts(model.get_submodule(path), mixin)
+        check_parts(model.get_submodule(path), mixin, keep_foreign=keep_foreign)
 
     # From here on the model changes.
     names, buffers = _names(model), model.state_dict().keys() - specs.keys()
@@ -193,7 +194,7 @@ def _convert_one(model_name: str, model: nn.Module, family: ModelFamily, setup: 
         report.dispatch = context.dispatch
     report.swapped = swap_modules(swaps, family, context)
     for path, mixin in family.mixins.items():
-        mix_in(model.get_submodule(path), mixin)
+        mix_in(model.get_submodule(path), mixin, keep_foreign=keep_foreign)
         model.get_submodule(path).region = context.region  # type: ignore[assignment]
     left = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     assert left == list(specs), f"swapping changed parameters' names or their order: {left} were {list(specs)}"
@@ -210,7 +211,7 @@ def _convert_one(model_name: str, model: nn.Module, family: ModelFamily, setup: 
     if setup.options.recompute == "block":
         recompute_layers(model, context.region, context.config)
     if layout.data > 1:
-        parallelize_over_data(model, family.layers, setup.meshes, setup.options.data_parallel)
+        parallelize_over_data(model, family.layers, setup.meshes, setup.options.data_parallel, setup.groups)
     if source:
         allocate_shards(model, setup.device)
         targets = _targets(model, names, specs, buffers)

@@ -21,21 +21,23 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 from torch.distributed.tensor import Shard
 
+from lightning_npu_tp.convert.gather_on_call import gather_on_call
 from lightning_npu_tp.models.moe.experts import RoutedExperts
-from lightning_npu_tp.parallel.layout import DATA_AXIS, EXPERT_REPLICA_AXIS, Meshes
+from lightning_npu_tp.parallel.layout import DATA_AXIS, EXPERT_REPLICA_AXIS, Groups, Meshes
 from lightning_npu_tp.parallel.tensor_region import local
 
 DataParallel = Literal["shard", "replicate"]
 DATA_PARALLEL: tuple[DataParallel, ...] = ("shard", "replicate")
 
 
-def parallelize_over_data(model: nn.Module, layers: str, meshes: Meshes, how: DataParallel) -> None:
+def parallelize_over_data(model: nn.Module, layers: str, meshes: Meshes, how: DataParallel, groups: Groups) -> None:
     """Share a converted model's parameters and gradients over the data ranks, in place.
 
     layers: path of the list of decoder layers, each of which is gathered by itself while it computes, as is
             the rest of the decoder around it; a model without such a list is gathered as a whole.
     how:    "shard" keeps one slice of parameters, gradients and optimizer states per data rank;
             "replicate" keeps them whole and sums gradients.
+    groups: of the model, closed when its process group goes.
     """
     layout = meshes.layout
     alone: set[nn.Parameter] = set()
@@ -51,10 +53,11 @@ def parallelize_over_data(model: nn.Module, layers: str, meshes: Meshes, how: Da
     for layer in stacked.children() if isinstance(stacked, nn.ModuleList) else ():
         _wrap(layer, meshes.dense[DATA_AXIS], how, alone)
     decoder = layers.rpartition(".")[0]
-    # By itself too, so that it can be called without its head; not if it shares a parameter with that.
+    # By itself too: called without its head, it gathers no more than it needs. Not if the two share a parameter.
     if decoder and isinstance(stacked, nn.ModuleList) and not _shares_parameters(model, decoder):
         _wrap(model.get_submodule(decoder), meshes.dense[DATA_AXIS], how, alone)
     _wrap(model, meshes.dense[DATA_AXIS], how, alone)
+    gather_on_call(model, groups)
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from torch import nn
 
 from lightning_npu_tp.errors import ConversionError
 from lightning_npu_tp.models.families.family import BuildContext, ModelFamily
+from lightning_npu_tp.models.families.registry import FAMILIES
 
 
 @dataclass(frozen=True)
@@ -24,19 +25,35 @@ def find_swaps(model: nn.Module, family: ModelFamily, config: object) -> list[Sw
     """Modules to replace; one inside another that is replaced belongs to that one's constructor.
 
     Raises ConversionError when their number is not what the config says: a class that was renamed
-    would otherwise keep its unsharded forward, and nobody would notice.
+    would otherwise keep its unsharded forward, and nobody would notice. And for a class of a user's own in the place
+    of one that a built-in family replaces: what its forward computes would be lost.
     """
     swaps: list[Swap] = []
+    own: list[str] = []
+    packages = {
+        "torch",
+        "transformers",
+        *(_package(c) for c in type(model).__mro__ if c.__name__ == family.model_class),
+    }
 
-    def visit(parent: nn.Module) -> None:
+    def visit(parent: nn.Module, path: str) -> None:
         for name, child in parent.named_children():
             kind = type(child).__name__
             if kind in family.swaps:
                 swaps.append(Swap(parent, name, kind))
+                # A dense MLP keeps its activation.
+                inside = ((below, module) for below, module in child.named_modules() if below != "act_fn")
+                own.extend(_named(f"{path}{name}.{b}", m) for b, m in inside if _package(type(m)) not in packages)
             else:
-                visit(child)
+                visit(child, f"{path}{name}.")
 
-    visit(model)
+    visit(model, "")
+    if own and family in FAMILIES:
+        raise ConversionError(
+            f"{', '.join(own)}: a class of your own in the place of one that the family {family.name} replaces, so "
+            f"that its forward would be lost. Put transformers' own class there, or pass a ModelFamily in families= "
+            f"whose swaps name yours."
+        )
     found = Counter(swap.kind for swap in swaps)
     expected = Counter(family.expected(config)) if family.expected else Counter(dict.fromkeys(family.swaps, 1))
     wrong = [
@@ -47,9 +64,32 @@ def find_swaps(model: nn.Module, family: ModelFamily, config: object) -> list[Sw
     if wrong:
         raise ConversionError(
             f"{type(model).__name__} does not look like {family.name}: it has {', '.join(wrong)}. "
-            f"The installed transformers may have changed the model; 5.17 to 5.23 are supported."
+            + _why(model, packages)
         )
     return swaps
+
+
+def _package(kind: type) -> str:
+    return kind.__module__.partition(".")[0]
+
+
+def _named(path: str, module: nn.Module) -> str:
+    return f"{path.rstrip('.')} is a {type(module).__name__}"
+
+
+def _why(model: nn.Module, packages: set[str]) -> str:
+    """What a wrong number of modules may come from."""
+    own = [
+        _named(path, module)
+        for path, module in model.named_modules()
+        if path and _package(type(module)) not in packages
+    ]
+    if own:
+        return (
+            f"Classes of your own are among its modules ({', '.join(own)}): put transformers' own class there, or pass "
+            f"a ModelFamily in families= whose swaps name yours."
+        )
+    return "The installed transformers may have changed the model; 5.17 to 5.23 are supported."
 
 
 def swap_modules(swaps: list[Swap], family: ModelFamily, context: BuildContext) -> Counter[str]:

@@ -8,7 +8,9 @@ threads, and a model between two passes, or a copy of it, holds nothing of eithe
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -24,6 +26,17 @@ Remember = Callable[[Callable[[], T]], T]
 def at_once(compute: Callable[[], T]) -> T:
     """The result of `compute`: what remembers for a caller that is never recomputed."""
     return compute()
+
+
+@cache
+def _accepts_pass(forward: Callable[..., Any]) -> bool:
+    parameters = inspect.signature(forward).parameters.values()
+    return any(parameter.name == "step" or parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+
+
+def handed(step: ForwardPass, module: Any) -> dict[str, ForwardPass]:
+    """Keyword arguments that hand `step` to `module`: none to a module of a user's whose forward does not take it."""
+    return {"step": step} if _accepts_pass(type(module).forward) else {}
 
 
 class Memory:

@@ -235,20 +235,21 @@ class Groups:
         """Forget the groups; called when the process group is destroyed."""
         if self.meshes is not None:
             self.meshes.drop_groups()
-        self._closed = self._tensor is not None or self._expert is not None
+        self._closed = self.meshes is not None and self.meshes.layout.world > 1
         self._tensor = self._expert = None
 
     def tensor(self) -> ProcessGroup | None:
         """Group of the ranks that split dense parameters, or None for one rank."""
-        self._require_open()
+        self.require_open()
         return self._tensor
 
     def expert(self) -> ProcessGroup | None:
         """Group of the ranks that divide the experts, or None for one rank."""
-        self._require_open()
+        self.require_open()
         return self._expert
 
-    def _require_open(self) -> None:
+    def require_open(self) -> None:
+        """Raise ConfigError for a model of several ranks whose process group is gone."""
         if self._closed:
             raise ConfigError(
                 "The sharded model was called after the trainer had destroyed its process group, so its ranks cannot "

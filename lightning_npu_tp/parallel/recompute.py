@@ -17,7 +17,7 @@ from typing import Any, Literal
 from torch.utils.checkpoint import checkpoint
 
 from lightning_npu_tp.errors import ConfigError
-from lightning_npu_tp.parallel.forward_pass import ForwardPass, Memory
+from lightning_npu_tp.parallel.forward_pass import ForwardPass, Memory, handed
 from lightning_npu_tp.parallel.tensor_region import Region
 
 Recompute = Literal["none", "moe", "block"]
@@ -39,11 +39,13 @@ def checkpointed(region: Region, keep_random_state: bool, layer: partial[Any], *
     # So the first run takes the pass along, and those after it get a copy without losses.
     first, again = [step.with_memory(memory)], step.without_results(memory)
     forward = partial(layer.func, *layer.args, **settings)
+    # Bound to the layer, or a function of the class, which transformers 5.23 hands over with the layer.
+    module = getattr(layer.func, "__self__", None) or layer.args[0]
     del layer, step
 
     def run(*args: Any) -> Any:
         memory.begin_run()
-        return forward(*args, step=first.pop() if first else again)
+        return forward(*args, **handed(first.pop() if first else again, module))
 
     return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=keep_random_state)
 

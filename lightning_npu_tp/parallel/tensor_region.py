@@ -11,17 +11,42 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from lightning_npu_tp.errors import ConversionError
 from lightning_npu_tp.parallel.collectives import copy_to_group, group_size, reduce_from_group
-from lightning_npu_tp.parallel.layout import Groups
+from lightning_npu_tp.parallel.layout import DATA_AXIS, EXPERT_REPLICA_AXIS, Groups
 from lightning_npu_tp.parallel.sequence import gather_sequence, reduce_to_sequence, slice_sequence
+
+_SHARED_OVER_DATA = (DATA_AXIS, EXPERT_REPLICA_AXIS)
 
 
 def local(parameter: Tensor) -> Tensor:
     """This rank's part of a parameter, differentiable; a plain tensor is its own part."""
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+def tensor_part(parameter: Tensor) -> Tensor:
+    """This tensor rank's part of a parameter, to compute with, differentiable; a plain tensor is its own part.
+
+    Raises ConversionError for a parameter that is still shared over data ranks: its part would be taken for the whole,
+    or its gradient stay that of one data rank.
+    """
+    if not isinstance(parameter, DTensor):
+        return parameter
+    mesh = parameter.device_mesh
+    for index, (axis, placement) in enumerate(zip(mesh.mesh_dim_names or (), parameter.placements, strict=False)):
+        has_gradient = parameter.requires_grad and torch.is_grad_enabled()
+        is_shared = axis in _SHARED_OVER_DATA and mesh.size(index) > 1
+        if is_shared and (has_gradient or not placement.is_replicate()):
+            raise ConversionError(
+                f"A parameter of shape {tuple(parameter.shape)} is shared over {mesh.size(index)} data ranks and was "
+                f"used outside of the forward that gathers it. Call the module that it belongs to, as module(...), "
+                f"neither a copy of it nor another of its methods, or compute with the parameter itself, as if whole."
+            )
+    return parameter.to_local()
 
 
 class Region:
@@ -99,14 +124,14 @@ class Region:
         parameter = getattr(owner, name)
         if parameter is None:
             return None
-        return local(parameter) if self.length is None else self.weight_inside(owner, name)
+        return tensor_part(parameter) if self.length is None else self.weight_inside(owner, name)
 
     def weight_inside(self, owner: nn.Module, name: str = "weight") -> Tensor:
         """A replicated parameter of `owner`, local, that every rank applies to its own part in a region.
 
         Gradient: the ranks' partial gradients, summed.
         """
-        return copy_to_group(local(getattr(owner, name)), group=self.groups.tensor())
+        return copy_to_group(tensor_part(getattr(owner, name)), group=self.groups.tensor())
 
     def total_inside(self, partial: Tensor) -> Tensor:
         """Sum the ranks' partial numbers inside of a region, for each rank's own use.

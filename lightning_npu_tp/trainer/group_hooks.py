@@ -40,6 +40,7 @@ from lightning_npu_tp.launch.process_group import close_process_group, open_proc
 from lightning_npu_tp.launch.same_settings import require_agreement, run_settings
 from lightning_npu_tp.parallel.collectives import group_size
 from lightning_npu_tp.parallel.layout import Groups, Meshes
+from lightning_npu_tp.parallel.whole_values import WholeValues
 from lightning_npu_tp.trainer import module_setup
 from lightning_npu_tp.trainer.checkpoint_hooks import CheckpointHooks
 from lightning_npu_tp.trainer.data_mean import reduce_over_data
@@ -126,7 +127,8 @@ class GroupHooks(CheckpointHooks):
         self._open()
         rebind_groups(self.lightning_module)
         try:
-            yield
+            with WholeValues():
+                yield
         finally:
             self._close()
 

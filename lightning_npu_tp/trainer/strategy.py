@@ -53,6 +53,7 @@ from lightning_npu_tp.models.families.family import ModelFamily
 from lightning_npu_tp.models.families.registry import supported
 from lightning_npu_tp.parallel.layout import Dispatch, Layout, Meshes, Size, resolve_dispatch
 from lightning_npu_tp.parallel.recompute import Recompute
+from lightning_npu_tp.parallel.whole_values import WholeValues
 from lightning_npu_tp.trainer import equal_ends, module_setup
 from lightning_npu_tp.trainer.checkpoint_settings import CheckpointSettings, OnSaveError, refuse_removed
 from lightning_npu_tp.trainer.even_batches import seed_workers_by_data_rank, without_repeated_samples
@@ -220,7 +221,8 @@ class NPUTensorParallelStrategy(GroupHooks):
         """What a trainer call runs inside of: notes which checkpoint it was given, and explains what it raises."""
         self.asked_checkpoint = asked_for(call.func, call.args, call.keywords)
         try:
-            yield
+            with WholeValues():
+                yield
         except (RuntimeError, ConnectionError) as error:
             expect_unwinding(error)
             explained = noted(error, trainer)

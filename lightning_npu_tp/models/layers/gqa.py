@@ -20,7 +20,7 @@ from lightning_npu_tp.kernels import REFERENCE, Kernels
 from lightning_npu_tp.models.layers.linear import ShardedLinear
 from lightning_npu_tp.parallel.collectives import group_size
 from lightning_npu_tp.parallel.forward_pass import ForwardPass
-from lightning_npu_tp.parallel.tensor_region import Region, local
+from lightning_npu_tp.parallel.tensor_region import Region, tensor_part
 
 
 class HeadNorm(nn.Module):
@@ -60,7 +60,7 @@ class AllHeadsNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: local [B, S, H * E / t], inside of the region; returns the same shape."""
         ranks = group_size(self.region.groups.tensor())
-        weight = local(self.weight)
+        weight = tensor_part(self.weight)
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         partial = wide.square().sum(dim=-1, keepdim=True)
         mean = self.region.total_inside(partial) / (x.shape[-1] * ranks)

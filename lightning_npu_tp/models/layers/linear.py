@@ -17,7 +17,7 @@ from typing_extensions import override
 from lightning_npu_tp.kernels import REFERENCE, Kernels
 from lightning_npu_tp.parallel.collectives import group_size
 from lightning_npu_tp.parallel.forward_pass import ForwardPass
-from lightning_npu_tp.parallel.tensor_region import Region, local
+from lightning_npu_tp.parallel.tensor_region import Region, tensor_part
 
 
 class ShardedLinear(nn.Module):
@@ -44,8 +44,8 @@ class ShardedLinear(nn.Module):
         if self.region is not None:
             region = self.region if step is None else step.region
             return F.linear(x, region.weight(self), region.weight(self, "bias"))
-        bias = None if self.bias is None or self.skip_bias else local(self.bias)
-        return F.linear(x, local(self.weight), bias)
+        bias = None if self.bias is None or self.skip_bias else tensor_part(self.bias)
+        return F.linear(x, tensor_part(self.weight), bias)
 
 
 class ShardedMLP(nn.Module):
@@ -101,7 +101,7 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor, step: ForwardPass | None = None) -> Tensor:
         """x: [..., D]; returns the same shape in the dtype that weight * x has."""
         if self.region is None:
-            weight = local(self.weight)
+            weight = tensor_part(self.weight)
         else:
             weight = (self.region if step is None else step.region).weight(self)
         return self.kernels.rms_norm(x, weight, self.eps)

@@ -22,9 +22,10 @@ from typing_extensions import override
 
 from lightning_npu_tp.errors import ConfigError, ConversionError
 from lightning_npu_tp.models.layers.vocab import IGNORED_LABEL
-from lightning_npu_tp.parallel.forward_pass import ForwardPass
+from lightning_npu_tp.parallel.forward_pass import ForwardPass, handed
 from lightning_npu_tp.parallel.layout import Groups
 from lightning_npu_tp.parallel.tensor_region import Region
+from lightning_npu_tp.parallel.whole_values import paused
 
 # transformers builds no mask for an implementation that it has no mask function for: ours come in
 # ready made (bool [B, 1, S, L]) or are None, which means causal.
@@ -111,6 +112,7 @@ class ShardedDecoder(nn.Module):
     region: Region = Region(Groups())
 
     @capture_outputs
+    @paused()
     @override
     def forward(
         self,
@@ -160,7 +162,7 @@ class ShardedDecoder(nn.Module):
                 past_key_values=past_key_values,
                 use_cache=use_cache,
                 position_embeddings=tables,
-                step=step,
+                **handed(step, layer),
                 **kwargs,
             )
         _refuse_lost_pass(self, step)
@@ -180,6 +182,7 @@ class ShardedCausalLM(nn.Module):
     lm_head: Any
 
     @can_return_tuple
+    @paused()
     @override
     def forward(
         self,
@@ -227,7 +230,7 @@ class ShardedCausalLM(nn.Module):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            step=step,
+            **handed(step, self.model),
             **kwargs,
         )
         _refuse_lost_pass(self.model, step)
@@ -295,20 +298,26 @@ def _token_mask(token_mask: Tensor | None, attention_mask: Tensor | None, tokens
 _SUBCLASSES: dict[tuple[type, type], type] = {}
 
 
-def mix_in(module: nn.Module, mixin: type) -> None:
+def mix_in(module: nn.Module, mixin: type, *, keep_foreign: bool = False) -> None:
     """Make `module` an instance of its class with `mixin` in it, keeping its state; twice is once.
 
     module: of a list, each of its children becomes one. The mixin's forward takes the place of transformers'; that of
             a user's own subclass still runs, and finds the mixin's where it calls its parent's.
+    keep_foreign: leave alone a module with no class of transformers' among its parents. It is a user's, in a model of
+            transformers', and its forward calls the sharded parts by itself.
     """
     if isinstance(module, nn.ModuleList):
         for child in module:
-            mix_in(child, mixin)
-    elif not isinstance(module, mixin):
+            mix_in(child, mixin, keep_foreign=keep_foreign)
+    elif not isinstance(module, mixin) and (not keep_foreign or _is_of_transformers(type(module))):
         key = (mixin, type(module))
         if key not in _SUBCLASSES:
             _SUBCLASSES[key] = _subclass(type(module), mixin)
         module.__class__ = _SUBCLASSES[key]
+
+
+def _is_of_transformers(kind: type) -> bool:
+    return any(parent.__module__.startswith("transformers.") for parent in kind.__mro__)
 
 
 def _subclass(kind: type, mixin: type) -> type:
@@ -317,14 +326,16 @@ def _subclass(kind: type, mixin: type) -> type:
     return sharded if kind is base else type(f"Sharded{kind.__name__}", (kind, sharded), {})
 
 
-def check_parts(module: nn.Module, mixin: type) -> None:
+def check_parts(module: nn.Module, mixin: type, *, keep_foreign: bool = False) -> None:
     """Raise ConversionError for a decoder layer whose parts are others than the mixin computes with.
 
-    A subclass of the user's own may have more; what they do is said in its forward.
+    A subclass of the user's own may have more; what they do is said in its forward. keep_foreign: see `mix_in`.
     """
     if isinstance(module, nn.ModuleList):
         for child in module:
-            check_parts(child, mixin)
+            check_parts(child, mixin, keep_foreign=keep_foreign)
+    elif keep_foreign and not _is_of_transformers(type(module)):
+        return
     elif issubclass(mixin, ShardedDecoderLayer) and not isinstance(module, mixin):
         parts, known = {name for name, _ in module.named_children()}, set(ShardedDecoderLayer.__annotations__)
         is_transformers_own = type(module).__module__.startswith("transformers.")

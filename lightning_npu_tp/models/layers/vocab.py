@@ -21,7 +21,7 @@ from lightning_npu_tp.kernels import REFERENCE, Kernels
 from lightning_npu_tp.parallel.collectives import gather_last_dim, group_rank, group_size
 from lightning_npu_tp.parallel.forward_pass import ForwardPass
 from lightning_npu_tp.parallel.plan import chunk_bounds
-from lightning_npu_tp.parallel.tensor_region import Region, local
+from lightning_npu_tp.parallel.tensor_region import Region, tensor_part
 
 IGNORED_LABEL = -100
 # Logits of one chunk in float32; small enough for a CPU's cache hierarchy and nothing on a card.
@@ -49,11 +49,11 @@ class VocabEmbedding(nn.Module):
         group = self.region.groups.tensor()
         is_outside = (ids < 0) | (ids >= self.num_embeddings)
         if group is None:
-            rows = F.embedding(ids.masked_fill(is_outside, 0), local(self.weight), self.padding_idx)
+            rows = F.embedding(ids.masked_fill(is_outside, 0), tensor_part(self.weight), self.padding_idx)
             return self.guard_ids(rows, ids, is_outside)
         start, stop = chunk_bounds(self.num_embeddings, group_rank(group), group_size(group))
         foreign = (ids < start) | (ids >= stop)
-        rows = F.embedding((ids - start).masked_fill(foreign, 0), local(self.weight))
+        rows = F.embedding((ids - start).masked_fill(foreign, 0), tensor_part(self.weight))
         if self.padding_idx is not None:
             # Its value stays, its gradient goes: `embedding`'s own padding_idx would hit a foreign row 0.
             padding = (ids == self.padding_idx)[..., None]
@@ -85,8 +85,8 @@ class VocabHead(nn.Module):
     def logits(self, entered: Tensor) -> Tensor:
         """Logits [..., V], gathered on every rank, of activations [..., D] that have entered the region."""
         group = self.region.groups.tensor()
-        bias = None if self.bias is None else local(self.bias)
-        logits = F.linear(entered, local(self.weight), bias)
+        bias = None if self.bias is None else tensor_part(self.bias)
+        logits = F.linear(entered, tensor_part(self.weight), bias)
         ranks = group_size(group)
         bounds = [chunk_bounds(self.vocab_size, rank, ranks) for rank in range(ranks)]
         return gather_last_dim(logits, [stop - start for start, stop in bounds], group)
@@ -98,8 +98,8 @@ class VocabHead(nn.Module):
         Returns [T] nats in at least float32, zero where ignored; replicated.
         """
         group = self.region.groups.tensor()
-        weight = local(self.weight)
-        bias = None if self.bias is None else local(self.bias)
+        weight = tensor_part(self.weight)
+        bias = None if self.bias is None else tensor_part(self.bias)
         if torch.is_autocast_enabled(hidden.device.type):
             dtype = torch.get_autocast_dtype(hidden.device.type)
             hidden, weight = hidden.to(dtype), weight.to(dtype)

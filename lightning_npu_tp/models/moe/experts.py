@@ -20,7 +20,7 @@ from lightning_npu_tp.errors import ConfigError
 from lightning_npu_tp.kernels import Kernels
 from lightning_npu_tp.kernels.grouped import grouped_matmul
 from lightning_npu_tp.kernels.rows import PickRows
-from lightning_npu_tp.models.layers.linear import local
+from lightning_npu_tp.parallel.tensor_region import tensor_part
 
 
 class _DividedGradient(torch.autograd.Function):
@@ -78,7 +78,7 @@ class RoutedExperts(nn.Module):
         is on, else in the dtype of the parameters. Returns [T, D] in the dtype of `x_TD`.
         Gradient: this rank's part for tokens and weights; complete for the experts.
         """
-        gate_up_E2FD, down_EDF = local(self.gate_up_proj), local(self.down_proj)
+        gate_up_E2FD, down_EDF = tensor_part(self.gate_up_proj), tensor_part(self.down_proj)
         if self.gradient_divisor > 1:
             gate_up_E2FD = _DividedGradient.apply(gate_up_E2FD, self.gradient_divisor)
             down_EDF = _DividedGradient.apply(down_EDF, self.gradient_divisor)

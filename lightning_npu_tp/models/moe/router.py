@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_npu_tp.errors import ConfigError
-from lightning_npu_tp.models.layers.linear import local
 from lightning_npu_tp.parallel.layout import divisors
+from lightning_npu_tp.parallel.tensor_region import tensor_part
 
 TOPK_METHODS = ("greedy", "group_limited_greedy", "noaux_tc")
 SCORINGS = ("softmax", "sigmoid")
@@ -184,7 +184,7 @@ class TopKRouter(nn.Module):
         weight:     local [E, D], instead of this module's own.
         Gradient: of weights, scores and logits to the tokens and to the weight.
         """
-        weight_ED = local(self.weight) if weight is None else weight
+        weight_ED = tensor_part(self.weight) if weight is None else weight
         wide = torch.promote_types(x_TD.dtype, torch.float32)
         with torch.autocast(x_TD.device.type, enabled=False):
             logits_TE = F.linear(x_TD.to(wide), weight_ED.to(wide))

@@ -57,8 +57,12 @@ _PYTHON_HOST_SYNCS = {
 }
 # Those written in C: seen where Python calls them, in a backward pass as well, which no function mode reaches.
 _UNDISPATCHED = ("tolist", "numpy", "cpu")
-# Frames in here, `float64_reference` included, only pass a call on.
-NOT_CALLERS = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+# Frames in here, `float64_reference` and the mode of every trainer call included, only pass a call on.
+NOT_CALLERS = (
+    str(Path(torch.__file__).parent),
+    str(Path(__file__).parent),
+    str(Path(__file__).parents[2] / "parallel" / "whole_values.py"),
+)
 
 
 @dataclass(frozen=True)

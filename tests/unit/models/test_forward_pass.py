@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2DecoderLayer, DeepseekV2Model
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm
 
 from lightning_npu_tp.convert.convert import Options, convert
 from lightning_npu_tp.errors import ConversionError
@@ -25,7 +27,8 @@ from lightning_npu_tp.models.layers.sharded_causal_lm import ShardedDecoderLayer
 from lightning_npu_tp.parallel.forward_pass import ForwardPass, Memory
 from lightning_npu_tp.parallel.layout import Groups, Layout, Meshes
 from lightning_npu_tp.parallel.tensor_region import Region
-from lightning_npu_tp.tools.testing.models import random_batch, reference_model, tiny_deepseek_v2_config
+from lightning_npu_tp.tools.testing.models import random_batch, reference_model, tiny_config, tiny_deepseek_v2_config
+from lightning_npu_tp.tools.testing.reference import float64_reference, relative_difference
 
 COUNTS = {"tokens_per_expert", "pending_tokens_per_expert"}
 
@@ -146,6 +149,119 @@ def test_a_layer_of_the_users_own_may_have_more_parts() -> None:
     model = converted(Noisy)
     model(**random_batch(model.config, 2, 9, seed=0))
     assert isinstance(model.model.layers[0], ShardedDecoderLayer)
+
+
+class Narrow(LlamaDecoderLayer):
+    """Takes what it needs by name and nothing else."""
+
+    def forward(self, hidden_states: Tensor, attention_mask: Any = None, position_embeddings: Any = None) -> Tensor:
+        out = super().forward(hidden_states, attention_mask=attention_mask, position_embeddings=position_embeddings)
+        return hidden_states + 0.5 * (out - hidden_states)
+
+
+class OwnLayer(torch.nn.Module):
+    """No class of transformers' among its parents; parallel attention and MLP."""
+
+    def __init__(self, source: Any) -> None:
+        super().__init__()
+        for name, part in source.named_children():
+            self.add_module(name, part)
+
+    def forward(self, hidden_states: Tensor, *, position_embeddings: Any, attention_mask: Any = None) -> Tensor:
+        normed = self.input_layernorm(hidden_states)
+        attended, _ = self.self_attn(
+            hidden_states=normed, position_embeddings=position_embeddings, attention_mask=attention_mask
+        )
+        return hidden_states + attended + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+def in_place(model: Any, kind: type) -> Any:
+    """The model with layers of that class; of transformers' decoder it gets what it takes."""
+    taken = inspect.signature(kind.forward).parameters
+    for index, layer in enumerate(model.model.layers):
+        own = kind(layer) if kind is OwnLayer else layer
+        own.__class__ = kind
+        own.register_forward_pre_hook(
+            lambda _, args, kwargs: (args, {k: v for k, v in kwargs.items() if k in taken or k == "step"}),
+            with_kwargs=True,
+        )
+        model.model.layers[index] = own
+    return model
+
+
+@pytest.mark.parametrize("recompute", ["none", "block"])
+@pytest.mark.parametrize("kind", [Narrow, OwnLayer])
+def test_a_layer_of_the_users_own_need_not_know_of_the_pass(kind: type, recompute: str) -> None:
+    config = tiny_config("llama")
+    batch = random_batch(config, 2, 9, seed=0)
+    with float64_reference():
+        plain = in_place(reference_model(config, attention="sdpa"), kind)
+        wanted = plain(**batch).loss
+        wanted.backward()
+    model = convert_on_one_rank(in_place(reference_model(config), kind), recompute=recompute)
+    loss = model(**batch).loss
+    loss.backward()
+    assert type(model.model.layers[0]).__name__ in ("ShardedNarrow", "OwnLayer")
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-12)
+    for (name, a), b in zip(model.named_parameters(), plain.parameters(), strict=True):
+        assert relative_difference(a.grad.to_local(), b.grad) < 1e-12, name
+
+
+def test_one_with_experts_that_does_not_take_the_pass_is_refused_by_name() -> None:
+    model = in_place(reference_model(tiny_deepseek_v2_config()), OwnLayer)
+    with pytest.raises(ConversionError, match=r"Layer 1, a OwnLayer, ran without the ForwardPass"):
+        convert_on_one_rank(model)(**random_batch(model.config, 2, 9, seed=0))
+
+
+class Doubled(torch.nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def put_norm(model: Any) -> None:
+    model.model.norm.__class__ = type("LlamaRMSNorm", (LlamaRMSNorm,), {"__module__": "mine"})
+
+
+def put_mlp(model: Any) -> None:
+    model.model.layers[0].mlp.__class__ = type("WideMLP", (LlamaMLP,), {"__module__": "mine"})
+
+
+def put_projection(model: Any) -> None:
+    model.model.layers[1].self_attn.q_proj.__class__ = Doubled
+
+
+def put_head(model: Any) -> None:
+    model.lm_head.__class__ = Doubled
+
+
+@pytest.mark.parametrize(
+    ("put", "named"),
+    [
+        (put_norm, "model.norm is a LlamaRMSNorm"),
+        (put_mlp, "model.layers.0.mlp is a WideMLP"),
+        (put_projection, "model.layers.1.self_attn.q_proj is a Doubled"),
+        (put_head, "lm_head is a Doubled"),
+    ],
+)
+def test_a_class_of_the_users_own_whose_forward_would_be_lost_is_refused_by_name(put: Any, named: str) -> None:
+    model = reference_model(tiny_config("llama"))
+    put(model)
+    kinds = [type(module) for module in model.modules()]
+    with pytest.raises(ConversionError, match=named):
+        convert_on_one_rank(model)
+    assert [type(module) for module in model.modules()] == kinds, "refused before anything is changed"
+
+
+def test_an_activation_of_the_users_own_in_a_dense_mlp_is_kept() -> None:
+    class Squared(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.square()
+
+    model, batch = reference_model(tiny_config("llama")), random_batch(tiny_config("llama"), 2, 9, seed=0)
+    plain = convert_on_one_rank(reference_model(tiny_config("llama")))(**batch).loss
+    for layer in model.model.layers:
+        layer.mlp.act_fn = Squared()
+    assert not torch.equal(convert_on_one_rank(model)(**batch).loss, plain)
 
 
 def live_tensors() -> int:
