@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.experimental import register_sharding
 from torchmetrics import Metric
 
-from lightning_npu_tp.errors import ConversionError
+from lightning_npu_tp.errors import ConfigError, ConversionError
 from lightning_npu_tp.parallel.layout import Groups
 from lightning_npu_tp.trainer.data_mean import DataSync
 
@@ -109,8 +109,8 @@ def let_equal_compare_shards() -> None:
     Collective over all ranks, as DTensor's own; only tensors that are divided differently are gathered.
     """
 
-    def equal(operator: object, arguments: tuple[Any, ...], options: object) -> bool:
-        left, right = arguments
+    def equal(op_call: Any, args: tuple[Any, ...], kwargs: dict[str, object]) -> bool:
+        left, right = args
         if left.shape != right.shape:
             return False
         if isinstance(left, DTensor) and isinstance(right, DTensor) and _divided_alike(left, right):

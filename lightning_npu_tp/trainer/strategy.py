@@ -425,7 +425,7 @@ class NPUTensorParallelStrategy(GroupHooks):
     def before_epoch(self) -> None:
         """Before the batches of an epoch: refuse ranks of which some have none, and see to new parameter groups."""
         plain = module_setup.plain_parameters(self._module)
-        module_setup.choose_implementations(self.optimizers, plain, self.root_device.type)
+        choose_implementations(self.optimizers, plain, self.root_device.type)
         equal_ends.before_batches(self._module.trainer, self.layout, self.options)
 
     @override
@@ -444,9 +444,10 @@ class NPUTensorParallelStrategy(GroupHooks):
         self.on_validation_start()
 
     @override
-    def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
+    def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int | None = None) -> Any:
         """Move a batch to the device, once it is known that every rank has one."""
-        equal_ends.at_batch(self._module.trainer, self.layout, self.options, dataloader_idx)
+        if dataloader_idx is not None:
+            equal_ends.at_batch(self._module.trainer, self.layout, self.options, dataloader_idx)
         return super().batch_to_device(batch, device, dataloader_idx)
 
     @property
