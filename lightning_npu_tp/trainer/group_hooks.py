@@ -215,13 +215,12 @@ class GroupHooks(CheckpointHooks):
 
         dataloader_idx: as the loops say it. Whoever else moves a batch may do so on one rank alone.
         """
-        trainer = self._module.trainer
-        loop: Any = trainer._active_loop
-        if dataloader_idx is not None and dist.is_initialized() and loop is not None:
-            progress = getattr(loop, "epoch_loop", loop).batch_progress
-            stage = str(getattr(trainer.state.stage, "value", "a loop"))
-            number = progress.current.ready
-            self._tensor_ranks.require_same_batch(batch, stage=stage, loader=dataloader_idx, number=number)
+        if dataloader_idx is not None and dist.is_initialized():
+            trainer = self._module.trainer
+            loop: Any = trainer._active_loop
+            stage, number = trainer.state.stage, getattr(loop, "epoch_loop", loop).batch_progress.current.ready
+            assert stage is not None, "a loop runs in a stage"
+            self._tensor_ranks.require_same_batch(batch, stage=stage.value, loader=dataloader_idx, number=number)
         return super().batch_to_device(batch, device, dataloader_idx or 0)
 
     @override
