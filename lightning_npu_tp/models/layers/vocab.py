@@ -82,10 +82,10 @@ class VocabHead(nn.Module):
         bounds = [chunk_bounds(self.vocab_size, rank, ranks) for rank in range(ranks)]
         return gather_last_dim(logits, [stop - start for start, stop in bounds], group)
 
-    def token_losses(self, hidden: Tensor, labels: Tensor) -> Tensor:
+    def token_losses(self, hidden: Tensor, labels: Tensor, ignore_index: int = IGNORED_LABEL) -> Tensor:
         """Cross-entropy per token without gathering logits.
 
-        hidden: [T, D], has entered the region. labels: [T] global ids, IGNORED_LABEL counts nothing.
+        hidden: [T, D], has entered the region. labels: [T] global ids, ignore_index counts nothing.
         Returns [T] nats in at least float32, zero where ignored; replicated.
         """
         group = self.region.groups.tensor()
@@ -95,7 +95,7 @@ class VocabHead(nn.Module):
             dtype = torch.get_autocast_dtype(hidden.device.type)
             hidden, weight = hidden.to(dtype), weight.to(dtype)
         start, _ = chunk_bounds(self.vocab_size, group_rank(group), group_size(group))
-        return _VocabCrossEntropy.apply(hidden, weight, bias, labels, start, group)
+        return _VocabCrossEntropy.apply(hidden, weight, bias, labels, labels != ignore_index, start, group)
 
 
 def _chunk_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, wide: torch.dtype) -> Tensor:
@@ -118,6 +118,7 @@ class _VocabCrossEntropy(torch.autograd.Function):
         weight_VD: Tensor,
         bias_V: Tensor | None,
         labels_T: Tensor,
+        counted_T: Tensor,
         start: int,
         group: dist.ProcessGroup | None,
     ) -> Tensor:
@@ -140,7 +141,6 @@ class _VocabCrossEntropy(torch.autograd.Function):
                 dist.all_gather(parts, own_2T, group=group)
                 all_R2T = torch.stack(parts)
                 lse_T, target_T = all_R2T[:, 0].logsumexp(0), all_R2T[:, 1].sum(0)
-        counted_T = labels_T != IGNORED_LABEL
         ctx.save_for_backward(hidden_TD, weight_VD, bias_V, columns_T, here_T, counted_T, lse_T)
         ctx.chunk = chunk
         return (lse_T - target_T).masked_fill(~counted_T, 0)
@@ -170,4 +170,4 @@ class _VocabCrossEntropy(torch.autograd.Function):
         if d_weight_VD is None:
             d_weight_VD = torch.zeros_like(weight_VD)
         d_bias = None if d_bias_V is None else d_bias_V.to(bias_V.dtype)
-        return d_hidden_TD, d_weight_VD.to(weight_VD.dtype), d_bias, None, None, None
+        return d_hidden_TD, d_weight_VD.to(weight_VD.dtype), d_bias, None, None, None, None
