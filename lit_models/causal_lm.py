@@ -81,6 +81,12 @@ class LitCausalLM(LightningModule):
         self.save_hyperparameters("aux_loss_weight", "no_weight_decay", "build_device")
         self.save_hyperparameters({"architecture": architecture, "config": config})
         self.model_config = _model_config(architecture, dict(config))
+        if getattr(self.model_config, "output_router_logits", False):
+            raise ConfigError(
+                "output_router_logits=true in the model's config adds transformers' balance loss to each micro-batch's "
+                "loss, which here is divided by the tokens of the step. Set output_router_logits to false; "
+                "aux_loss_alpha balances the experts layer by layer."
+            )
         self._path = path
         self.aux_loss_weight = aux_loss_weight
         self.no_weight_decay = no_weight_decay

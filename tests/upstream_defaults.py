@@ -41,7 +41,7 @@ READ_WITH_DEFAULT = (
         Names(
             f"transformers.{family}Config",
             "output_router_logits",
-            "Asks for transformers' balance loss, which is refused.",
+            "Asks for transformers' balance loss.",
             "Silent: trained without the balance loss that was asked for.",
         )
         for family in ("Mixtral", "Olmoe", "Qwen2Moe", "Qwen3Moe")

@@ -71,6 +71,12 @@ TORCH = (
         "AttributeError at conversion.",
     ),
     Names(
+        "torch.Tensor",
+        "_backward_hooks _post_accumulate_grad_hooks",
+        "The tables of a parameter's hooks go over to the one that takes its place, so that handles still remove them.",
+        "AttributeError at conversion.",
+    ),
+    Names(
         "torch.utils",
         "_pytree",
         "Tensors inside nested containers, as torch's own operators and checkpoints nest them; it has no public name.",
@@ -510,6 +516,7 @@ NPU = (
 # Begin with an underscore and are nobody's secret.
 NOT_PRIVATE = {
     "_ZSt13set_terminatePFvvE": "C++'s std::set_terminate, under the name that the ABI gives it",
+    "_fields": "Python's documented names of a named tuple's values",
     "_target_": "Hydra's documented key",
     "_convert_": "Hydra's documented key",
     "_scale_inv": "the end of a name in files of quantised weights",

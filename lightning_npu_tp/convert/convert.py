@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lightning_npu_tp.convert.carry_over import OnParameter, refuse_hooks_over_data
 from lightning_npu_tp.convert.data_parallel import (
     DATA_PARALLEL,
     DataParallel,
@@ -34,7 +35,8 @@ from lightning_npu_tp.errors import ConfigError, ConversionError
 from lightning_npu_tp.kernels import Kernels
 from lightning_npu_tp.models.families.family import BuildContext, ModelFamily
 from lightning_npu_tp.models.families.registry import FAMILIES, find_models
-from lightning_npu_tp.models.layers.sharded_causal_lm import ATTENTION_NAME, check_parts, mix_in
+from lightning_npu_tp.models.layers.mixins import check_parts, mix_in
+from lightning_npu_tp.models.layers.sharded_causal_lm import ATTENTION_NAME
 from lightning_npu_tp.parallel.layout import (
     DISPATCH,
     Dispatch,
@@ -45,7 +47,7 @@ from lightning_npu_tp.parallel.layout import (
     resolve_dispatch,
 )
 from lightning_npu_tp.parallel.plan import Rule, chunk_bounds, match_plan
-from lightning_npu_tp.parallel.recompute import RECOMPUTE, Recompute, recompute_layers
+from lightning_npu_tp.parallel.recompute import RECOMPUTE, Recompute, has_dropout, recompute_layers
 from lightning_npu_tp.parallel.tensor_region import Region
 from lightning_npu_tp.parallel.tensor_region import local as local_part
 
@@ -129,7 +131,8 @@ def check_sizes(family: ModelFamily, config: object, rules: dict[str, Rule], sha
             continue
         size, ranks = shapes[name][rule.dim], ranks_of[rule.axis]
         start, stop = chunk_bounds(size, ranks - 1, ranks)
-        if start == stop:
+        # Of nothing, such as the channels of no shared experts, every rank has as much as there is.
+        if size and start == stop:
             works = [n for n in range(1, ranks) if chunk_bounds(size, n - 1, n)[0] < size]
             raise ConfigError(
                 f"{rule.axis}_parallel_size={ranks} leaves a rank without any {rule.unit} of {name} (size {size}). "
@@ -184,6 +187,8 @@ def _convert_one(model_name: str, model: nn.Module, family: ModelFamily, setup: 
     keep_foreign = family in FAMILIES
     for path, mixin in family.mixins.items():
         check_parts(model.get_submodule(path), mixin, keep_foreign=keep_foreign)
+    if layout.data > 1:
+        refuse_hooks_over_data(model)
 
     # From here on the model changes.
     names, buffers = _names(model), model.state_dict().keys() - specs.keys()
@@ -195,27 +200,29 @@ def _convert_one(model_name: str, model: nn.Module, family: ModelFamily, setup: 
     report.swapped = swap_modules(swaps, family, context)
     for path, mixin in family.mixins.items():
         mix_in(model.get_submodule(path), mixin, keep_foreign=keep_foreign)
-        model.get_submodule(path).region = context.region  # type: ignore[assignment]
+        _place(model.get_submodule(path), context.region, draws=has_dropout(model, config))
     left = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     assert left == list(specs), f"swapping changed parameters' names or their order: {left} were {list(specs)}"
 
-    source = source_of(model)
+    source, on_parameters = source_of(model), {}
     std = getattr(context.config, "initializer_range", 0.02)
     for first, aliases in names.items():
         parameter, spec = model.get_parameter(first), specs[first]
+        on_parameters[first] = OnParameter.of(parameter)
         report.parameters += parameter.numel()
         part = _waiting_part(parameter, spec, setup) if source else _own_part(model, first, spec, setup, std)
         sharded = nn.Parameter(spec.placed(part), requires_grad=parameter.requires_grad)
         for name in aliases:
             set_parameter(model, name, sharded)
-    if setup.options.recompute == "block":
-        recompute_layers(model, context.region, context.config)
+    recompute_layers(model, context.region, context.config, switch_on=setup.options.recompute == "block")
     if layout.data > 1:
         parallelize_over_data(model, family.layers, setup.meshes, setup.options.data_parallel, setup.groups)
     if source:
         allocate_shards(model, setup.device)
         targets = _targets(model, names, specs, buffers)
         report.loaded = source.fill(targets, family.keys(context.config), family=family.name)
+    for first, on_parameter in on_parameters.items():
+        on_parameter.put_on(model.get_parameter(first))
     for parameter in model.parameters():
         own = local_part(parameter)
         report.local_parameters += own.numel()
@@ -232,6 +239,12 @@ def _specs(model: nn.Module, family: ModelFamily, config: object, setup: _Setup)
     check_sizes(family, config, rules, shapes, layout)
     how = setup.options.data_parallel
     return {name: ShardSpec.of(rules[name], shapes[name], layout, rank, how, setup.meshes) for name in shapes}
+
+
+def _place(module: Any, region: Region, *, draws: bool) -> None:
+    """Tell a module that was mixed in, or each of a list, its region and whether its layers draw random numbers."""
+    for each in (module, *(module if isinstance(module, nn.ModuleList) else ())):
+        each.region, each.has_dropout = region, draws
 
 
 def _names(model: nn.Module) -> dict[str, tuple[str, ...]]:

@@ -40,7 +40,8 @@ def parallelize_over_data(model: nn.Module, layers: str, meshes: Meshes, how: Da
     groups: of the model, closed when its process group goes.
     """
     layout = meshes.layout
-    alone: set[nn.Parameter] = set()
+    # FSDP takes no parameter without elements.
+    alone = {parameter for parameter in model.parameters() if not parameter.numel()}
     for experts in [module for module in model.modules() if isinstance(module, RoutedExperts)]:
         # What FSDP's averaging over the replicas leaves of an average over the data ranks. Not its own
         # divide factor, which it applies twice where there is nothing to scatter.

@@ -50,7 +50,8 @@ class ShardSpec:
         bounds = [(0, size) for size in shape]
         if rule.dim is not None:
             bounds[rule.dim] = chunk_bounds(shape[rule.dim], rank % ranks, ranks)
-        held, is_shared = list(bounds), data_parallel == "shard" and replicas > 1
+        # FSDP takes no parameter without elements, such as those of no shared experts.
+        held, is_shared = list(bounds), data_parallel == "shard" and replicas > 1 and 0 not in shape
         if is_shared:
             # As `parallelize_over_data` does: experts by their width where there are fewer of them than replicas.
             dim = 1 if is_expert and bounds[0][1] - bounds[0][0] < replicas else 0

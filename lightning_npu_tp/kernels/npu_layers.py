@@ -97,7 +97,9 @@ def attend(
     if torch.is_autocast_enabled(q_BHSE.device.type):
         dtype = torch.get_autocast_dtype(q_BHSE.device.type)
         q_BHSE, k_BKLE, v_BKLV = (x.to(dtype) for x in (q_BHSE, k_BKLE, v_BKLV))
-    if not fits("attention", _attention_limits(q_BHSE, k_BKLE, v_BKLV, dropout)):
+    # A user's mask of four dimensions may be what is added to the scores.
+    is_added = mask is not None and mask.dtype != torch.bool
+    if is_added or not fits("attention", _attention_limits(q_BHSE, k_BKLE, v_BKLV, dropout)):
         return plain.attend(q_BHSE, k_BKLE, v_BKLV, mask=mask, scale=scale, dropout=dropout)
     hidden, sparse_mode = (None if mask is None else ~mask), 0
     # Without a mask everything is seen, whatever the mode; which is right for one query over a cache.

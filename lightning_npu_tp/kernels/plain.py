@@ -66,7 +66,7 @@ def attend(
     """Causal attention without a mask, else attention where the mask is True.
 
     q: local [B, H, S, E]. k: local [B, K, L, E], K a divisor of H. v: local [B, K, L, V] with V <= E.
-    mask: bool [B or 1, 1, S, L]. Returns local [B, H, S, V].
+    mask: bool [B or 1, 1, S, L], or what is added to the scores. Returns local [B, H, S, V].
     """
     queries_per_key = q_BHSE.shape[1] // k_BKLE.shape[1]
     if queries_per_key > 1:

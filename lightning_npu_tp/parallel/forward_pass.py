@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any, TypeVar
 
@@ -68,16 +68,19 @@ class ForwardPass:
     balance_losses: of each mixture layer in training, a scalar with gradient, already times its factors; the layers
                     add to the list, and the same on all ranks that see the same tokens.
     layers:         the decoder layers that took part, added by themselves, so that one left out is seen.
+    shown:          what the caller asked to see of the inside ("hidden_states", "attentions", "router_logits"), whole
+                    on every rank, one tensor a layer, in order; added by whoever computes it.
     has_gradient:   whether a backward pass may follow.
     memory:         of the layer that is running, if it is one that is recomputed.
 
     No dataclass: FSDP takes those among a layer's arguments apart and hands on a copy, whose list nobody would read.
     """
 
-    def __init__(self, region: Region, token_mask: Tensor | None = None) -> None:
+    def __init__(self, region: Region, token_mask: Tensor | None = None, show: Iterable[str] = ()) -> None:
         self.region = region
         self.token_mask = token_mask
         self.balance_losses: list[Tensor] = []
+        self.shown: dict[str, list[Tensor]] = {name: [] for name in show}
         self.layers: list[Any] = []
         self.has_gradient = torch.is_grad_enabled()
         self.memory: Memory | None = None
@@ -91,6 +94,11 @@ class ForwardPass:
         """The result of `compute`, or in a second run what it was in the first."""
         return compute() if self.memory is None else self.memory.remember(compute)
 
+    def show(self, name: str, tensor: Tensor) -> None:
+        """Keep a tensor of the inside for the caller, if it was asked for."""
+        if name in self.shown:
+            self.shown[name].append(tensor)
+
     def with_memory(self, memory: Memory) -> ForwardPass:
         """This pass for the first run of a recomputed layer, whose `memory` is kept between its runs."""
         step = copy.copy(self)
@@ -98,7 +106,7 @@ class ForwardPass:
         return step
 
     def without_results(self, memory: Memory) -> ForwardPass:
-        """This pass for the runs after the first: balance losses of those go nowhere."""
+        """This pass for the runs after the first: balance losses of those, and what they show, go nowhere."""
         step = self.with_memory(memory)
-        step.balance_losses, step.layers = [], []
+        step.balance_losses, step.layers, step.shown = [], [], {name: [] for name in self.shown}
         return step

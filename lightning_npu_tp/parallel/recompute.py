@@ -14,6 +14,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any, Literal
 
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_npu_tp.errors import ConfigError
@@ -22,6 +23,7 @@ from lightning_npu_tp.parallel.tensor_region import Region
 
 Recompute = Literal["none", "moe", "block"]
 RECOMPUTE: tuple[Recompute, ...] = ("none", "moe", "block")
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 
 def checkpointed(region: Region, keep_random_state: bool, layer: partial[Any], *args: Any) -> Any:
@@ -50,22 +52,25 @@ def checkpointed(region: Region, keep_random_state: bool, layer: partial[Any], *
     return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=keep_random_state)
 
 
-def has_dropout(config: object) -> bool:
-    """Whether any dropout of a transformers config is above zero."""
-    return any("dropout" in name and isinstance(value, float) and value > 0 for name, value in vars(config).items())
+def has_dropout(model: nn.Module, config: object) -> bool:
+    """Whether any dropout of a transformers config, or of a layer in the model, is above zero."""
+    layers = (module.p for module in model.modules() if isinstance(module, _DROPOUTS))
+    settings = (value for name, value in vars(config).items() if "dropout" in name)
+    return any(isinstance(value, float) and value > 0 for value in (*layers, *settings))
 
 
-def recompute_layers(model: Any, region: Region, config: object) -> None:
-    """Let every decoder layer of a transformers model run `checkpointed` while it trains.
+def recompute_layers(model: Any, region: Region, config: object, *, switch_on: bool) -> None:
+    """Let the decoder layers of a transformers model for which its own switch is on run `checkpointed` in training.
 
-    Uses transformers' own switch, which leaves FSDP's hooks outside. Raises ConfigError for a model without it.
+    switch_on: turn it on for every layer first; else it is as the user left it.
+    That leaves FSDP's hooks outside. Raises ConfigError for a model without the switch.
     """
-    run = partial(checkpointed, region, has_dropout(config))
+    run = partial(checkpointed, region, has_dropout(model, config))
     switched = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
     for module in switched:
-        module.gradient_checkpointing = True
+        module.gradient_checkpointing = switch_on or module.gradient_checkpointing
         module._gradient_checkpointing_func = run
-    if not switched:
+    if switch_on and not switched:
         raise ConfigError(
             f"recompute=block needs layers that transformers can checkpoint, and {type(model).__name__} has none. "
             f"Set strategy.recompute=none."

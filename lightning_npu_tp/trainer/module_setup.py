@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelPruning, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.experimental import register_sharding
@@ -57,6 +58,18 @@ def count_samples_once(module: nn.Module, groups: Groups) -> None:
     for metric in module.modules():
         if isinstance(metric, Metric) and metric.dist_sync_fn is None:
             metric.dist_sync_fn = DataSync(groups)
+
+
+def warn_of_eval_mode(module: nn.Module) -> None:
+    """Warn of mixtures that are trained in eval mode, as `from_pretrained` leaves a model and Lightning keeps it."""
+    blocks = ((name, child) for name, child in module.named_modules() if hasattr(child, "pending_tokens_per_expert"))
+    asleep = [name for name, child in blocks if not child.training and any(p.requires_grad for p in child.parameters())]
+    if asleep:
+        rank_zero_warn(
+            f"{asleep[0]}{f' and {len(asleep) - 1} more mixtures are' if len(asleep) > 1 else ' is'} in eval mode, as "
+            f"from_pretrained leaves a model: trained without balance losses, without counts of the experts' tokens "
+            f"and without dropout. Call model.train() after from_pretrained."
+        )
 
 
 def averaging_callbacks(trainer: Trainer) -> list[Callback]:

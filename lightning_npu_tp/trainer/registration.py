@@ -1,7 +1,9 @@
 """Enters accelerator "npu" and strategy "npu_tp" into Lightning's registries, without importing Lightning for it.
 
 Lightning has no entry point for either, so somebody must do it before a Trainer is built. Where Lightning is there
-already, that is at once; otherwise right after its import, whoever imports it. This module imports nothing heavy.
+already, that is at once; otherwise right after its import, whoever imports it. `pytorch_lightning` is another package,
+whose Trainer takes its own classes only: where it is there already, both names stand for an error that says so. This
+module imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -17,10 +19,17 @@ from typing import Any, cast
 from typing_extensions import override
 
 _LIGHTNING = "lightning.pytorch"
+_OTHER = "pytorch_lightning"
+OTHER_IMPORT = (
+    "pytorch_lightning is another package than lightning.pytorch, and its Trainer takes no classes of that. Write "
+    "import lightning.pytorch as pl instead of import pytorch_lightning as pl, also for LightningModule and callbacks."
+)
 
 
 def register_with_lightning() -> None:
     """Make `Trainer(accelerator="npu", strategy="npu_tp")` work, in whatever order the two packages are imported."""
+    if _OTHER in sys.modules:
+        _explain_other()
     if _LIGHTNING in sys.modules:
         _register()
     else:
@@ -38,6 +47,20 @@ def _register() -> None:
     StrategyRegistry.register(
         "npu_tp", _strategy, description="Tensor and expert parallelism on NPU, CUDA and CPU", override=True
     )
+
+
+def _explain_other() -> None:
+    from pytorch_lightning.accelerators import AcceleratorRegistry
+    from pytorch_lightning.strategies import StrategyRegistry
+
+    StrategyRegistry.register("npu_tp", _refuse, description=OTHER_IMPORT, override=True)
+    AcceleratorRegistry.register("npu", _refuse, description=OTHER_IMPORT, override=True)
+
+
+def _refuse(**settings: Any) -> Any:
+    from lightning_npu_tp.errors import ConfigError
+
+    raise ConfigError(OTHER_IMPORT)
 
 
 def _strategy(**settings: Any) -> Any:

@@ -11,6 +11,7 @@ weights). What is kept is its contract: `device_mesh`, the sampler arguments, th
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -33,6 +34,7 @@ from typing_extensions import override
 
 from lightning_npu_tp import kernels as kernel_choice
 from lightning_npu_tp.checkpoint.choose import asked_for
+from lightning_npu_tp.convert.carry_over import kept_on_parameters
 from lightning_npu_tp.convert.convert import Options, convert, materialize_rest, rebind_converted
 from lightning_npu_tp.convert.data_parallel import (
     DataParallel,
@@ -56,12 +58,14 @@ from lightning_npu_tp.parallel.recompute import Recompute
 from lightning_npu_tp.parallel.whole_values import WholeValues
 from lightning_npu_tp.trainer import equal_ends, module_setup
 from lightning_npu_tp.trainer.checkpoint_settings import CheckpointSettings, OnSaveError, refuse_removed
+from lightning_npu_tp.trainer.early_references import follow_parameters, note_parameters
 from lightning_npu_tp.trainer.even_batches import seed_workers_by_data_rank, without_repeated_samples
 from lightning_npu_tp.trainer.explain_error import may_hang, noted
 from lightning_npu_tp.trainer.group_hooks import GroupHooks
 from lightning_npu_tp.trainer.loops import evaluate_without_inference_mode, install_loops, move_results_to_host
 from lightning_npu_tp.trainer.optimizers import choose_implementations, refuse_optimizers
 from lightning_npu_tp.trainer.precision import precision_dtype, rebuild_precision
+from lightning_npu_tp.trainer.registration import OTHER_IMPORT
 from lightning_npu_tp.trainer.resume import Resume, end_finetuning_restart
 from lightning_npu_tp.trainer.start_table import summary_table
 from lightning_npu_tp.trainer.teardown import close_all
@@ -310,8 +314,9 @@ class NPUTensorParallelStrategy(GroupHooks):
         if self.world_size > 1:
             module_setup.share_plain_tensors(module, self.root_device)
         module_setup.count_samples_once(module, self._groups)
-        self.model = self.precision_plugin.convert_module(self.model)
-        self.model_to_device()
+        with kept_on_parameters(module):
+            self.model = self.precision_plugin.convert_module(self.model)
+            self.model_to_device()
         self.barrier("setup")
         if trainer.state.fn == TrainerFn.FITTING:
             for callback in module_setup.averaging_callbacks(trainer):
@@ -331,6 +336,7 @@ class NPUTensorParallelStrategy(GroupHooks):
 
     def _convert_models(self, module: LightningModule) -> None:
         self._converted_before = rebind_converted(module, self.meshes)
+        before = note_parameters(module)
         seed = torch.initial_seed() if self._init_seed is None else self._init_seed
         if self._convert is not None:
             if not any(isinstance(parameter, DTensor) for parameter in module.parameters()):
@@ -359,6 +365,7 @@ class NPUTensorParallelStrategy(GroupHooks):
                 f"function in convert=, to NPUTensorParallelStrategy."
             )
         materialize_rest(module, device=self.root_device, seed=seed)
+        follow_parameters(module, before)
 
     def _crossings(self) -> list[str]:
         watch = host_watch()
@@ -400,7 +407,8 @@ class NPUTensorParallelStrategy(GroupHooks):
             if module is not None and not any(parameter.is_meta for parameter in module.parameters()):
                 if failing:
                     reset_after_failed_step(module)
-                module.cpu()
+                with kept_on_parameters(module):
+                    module.cpu()
 
         to_cpu = (lambda: _optimizers_to_device(self.optimizers, torch.device("cpu")), module_to_cpu)
         steps: tuple[Callable[[], object], ...] = (
@@ -416,11 +424,17 @@ class NPUTensorParallelStrategy(GroupHooks):
 
     @override
     def on_train_start(self) -> None:
-        """Refuse data ranks with different numbers of batches."""
+        """Refuse data ranks with different numbers of batches; warn of mixtures that would not train as such."""
         trainer = self._module.trainer
         end_finetuning_restart(trainer)
         needed = trainer.max_steps * trainer.accumulate_grad_batches if trainer.max_steps >= 0 else math.inf
         require_equal_batches(trainer.num_training_batches, layout=self.layout, batches_needed=needed)
+        module_setup.warn_of_eval_mode(self._module)
+
+    @override
+    def __repr__(self) -> str:
+        """Its name, and beside pytorch_lightning, whose Trainer refuses it and shows this, which import it needs."""
+        return f"<{type(self).__name__}{f': {OTHER_IMPORT}' if 'pytorch_lightning' in sys.modules else ''}>"
 
     def before_epoch(self) -> None:
         """Before the batches of an epoch: refuse ranks of which some have none, and see to new parameter groups."""

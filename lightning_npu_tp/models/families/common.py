@@ -283,6 +283,11 @@ def plain_moe_block(source: Any, context: BuildContext, **settings: Any) -> Any:
 def check_positions(family: str, config: Any) -> None:
     """Refuse a sliding window, as mask and cache here are those of full attention, and rotations that change."""
     check_rope_type(config)
+    if getattr(config, "is_causal", True) is False:
+        raise ConversionError(
+            f"is_causal=False is not supported for {family}: every layer attends to earlier positions only. Leave it "
+            f"out of the config, or pass a 4-D attention_mask to each forward."
+        )
     layer_types = getattr(config, "layer_types", None) or []
     if getattr(config, "sliding_window", None):
         setting = f"sliding_window={config.sliding_window}"
@@ -295,15 +300,6 @@ def check_positions(family: str, config: Any) -> None:
         f"{'use_sliding_window to false' if hasattr(config, 'use_sliding_window') else 'sliding_window to null'}"
         f"{' and layer_types to full_attention throughout' if layer_types else ''}, if the sequences fit the window."
     )
-
-
-def check_no_router_logits(family: str, config: Any) -> None:
-    """Refuse transformers' own auxiliary loss, which would silently be missing from the loss."""
-    if getattr(config, "output_router_logits", False):
-        raise ConversionError(
-            f"output_router_logits=True adds transformers' auxiliary loss over all layers, which is not supported for "
-            f"{family}. Set output_router_logits to false; aux_loss_alpha balances the experts layer by layer."
-        )
 
 
 def check_one_key_per_head(family: str, config: Any) -> None:

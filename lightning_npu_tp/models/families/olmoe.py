@@ -1,7 +1,7 @@
 """OLMoE: queries and keys normalised over all heads together, and in every layer a mixture of experts.
 
-transformers' auxiliary loss (output_router_logits, over all layers at once) is refused: the blocks' own
-balance loss, by `aux_loss_alpha`, goes layer by layer and is off unless the config sets it.
+Beside transformers' balance loss (output_router_logits, over all layers at once) there is the blocks' own, by
+`aux_loss_alpha`, which goes layer by layer; both are off unless asked for.
 Source: arXiv:2409.02060; module and parameter names are transformers'.
 """
 
@@ -40,11 +40,9 @@ OLMOE = common.decoder_family(
     "Olmoe",
     _attention,
     moe=common.plain_moe_block,
-    checks=[common.check_no_router_logits],
     name="olmoe",
     plan=plan,
     experts="num_experts",
     head_norms=True,
     models="OLMoE-1B-7B",
-    refused="`output_router_logits`",
 )

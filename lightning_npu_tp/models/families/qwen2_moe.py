@@ -1,8 +1,7 @@
 """Qwen2-MoE (Qwen1.5-MoE too): Qwen2's attention, mixtures of experts beside a gated shared expert.
 
-A sliding window is refused. transformers' auxiliary loss (output_router_logits, over all layers at once) is
-refused as well: the blocks' own balance loss, by `aux_loss_alpha`, goes layer by layer and is off unless the
-config sets it.
+A sliding window is refused. Beside transformers' balance loss (output_router_logits, over all layers at once) there
+is the blocks' own, by `aux_loss_alpha`, which goes layer by layer; both are off unless asked for.
 Source: arXiv:2407.10671; module and parameter names are transformers'.
 """
 
@@ -74,12 +73,11 @@ QWEN2_MOE = common.decoder_family(
     "Qwen2Moe",
     common.grouped_attention,
     moe=partial(common.plain_moe_block, make=GatedSharedBlock),
-    checks=[common.check_no_router_logits],
     name="qwen2_moe",
     plan=plan,
     experts="num_experts",
     sparse_layers=common.layers_by_step,
     dense_first=common.settings_by_step,
     models="Qwen1.5-MoE, Qwen2-57B-A14B",
-    refused="a sliding window, `output_router_logits`",
+    refused="a sliding window",
 )

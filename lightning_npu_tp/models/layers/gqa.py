@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_npu_tp.kernels import REFERENCE, Kernels
+from lightning_npu_tp.models.layers.attend import attend
 from lightning_npu_tp.models.layers.linear import ShardedLinear
 from lightning_npu_tp.parallel.collectives import group_size
 from lightning_npu_tp.parallel.forward_pass import ForwardPass
@@ -90,7 +91,7 @@ class GroupedQueryAttention(nn.Module):
         self.layer_idx = source.layer_idx
         self.head_dim = source.head_dim
         self.scaling = source.scaling
-        self.dropout = source.attention_dropout
+        self.attention_dropout = source.attention_dropout
         self.clip = clip
         self.kernels = kernels
         self.region = region
@@ -119,10 +120,12 @@ class GroupedQueryAttention(nn.Module):
         attention_mask: Tensor | None = None,
         past_key_values: Any = None,
         step: ForwardPass | None = None,
-        **_: Any,
+        position_ids: Any = None,
+        use_cache: Any = None,
     ) -> tuple[Tensor, None]:
         """hidden_states: [B, S or slice, D]; attention_mask: bool [B, 1, S, L], None means causal.
 
+        position_ids, use_cache: as transformers hands them to every layer; read above.
         Returns (the same shape, None).
         """
         assert position_embeddings is not None, "the decoder hands the rotary tables to every layer"
@@ -134,13 +137,6 @@ class GroupedQueryAttention(nn.Module):
         v_BKLE = v_BSKE.transpose(1, 2)
         if past_key_values is not None:
             k_BKLE, v_BKLE = past_key_values.update(k_BKLE, v_BKLE, self.layer_idx)
-        out_BHSE = self.kernels.attend(
-            q_BHSE,
-            k_BKLE,
-            v_BKLE,
-            mask=attention_mask,
-            scale=self.scaling,
-            dropout=self.dropout if self.training else 0.0,
-        )
+        out_BHSE = attend(self, q_BHSE, k_BKLE, v_BKLE, mask=attention_mask, step=step)
         out = region.leave(self.o_proj(out_BHSE.transpose(1, 2).flatten(2)))
         return (out if self.o_proj.bias is None else out + region.weight(self.o_proj, "bias")), None

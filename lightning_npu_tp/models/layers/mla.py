@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_npu_tp.kernels import REFERENCE, Kernels
+from lightning_npu_tp.models.layers.attend import attend
 from lightning_npu_tp.models.layers.linear import RMSNorm, ShardedLinear
 from lightning_npu_tp.parallel.forward_pass import ForwardPass
 from lightning_npu_tp.parallel.tensor_region import Region
@@ -41,7 +42,7 @@ class MLAttention(nn.Module):
         self.rope_dim = source.qk_rope_head_dim
         self.value_dim = source.v_head_dim
         self.scaling = source.scaling
-        self.dropout = config.attention_dropout
+        self.attention_dropout = source.attention_dropout
         # DeepSeek-V3's config may say that the pairs lie as in Llama; V2 has no such setting.
         self.rotate = partial(kernels.rotate, interleaved=getattr(config, "rope_interleave", True))
         self.kernels = kernels
@@ -75,10 +76,12 @@ class MLAttention(nn.Module):
         past_key_values: Any = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         step: ForwardPass | None = None,
-        **_: Any,
+        position_ids: Any = None,
+        use_cache: Any = None,
     ) -> tuple[Tensor, None]:
         """hidden_states: [B, S or slice, D]; attention_mask: bool [B, 1, S, L], None means causal.
 
+        position_ids, use_cache: as transformers hands them to every layer; read above.
         Returns (the same shape, None).
         """
         assert position_embeddings is not None, "the decoder hands the rotary tables to every layer"
@@ -102,13 +105,7 @@ class MLAttention(nn.Module):
         k_nope, v_BLHV = kv_BLHE.split([self.nope_dim, self.value_dim], dim=-1)
         k_BLHE = torch.cat((k_nope, k_rope.expand(-1, -1, k_nope.shape[2], -1)), dim=-1)
 
-        out_BHSV = self.kernels.attend(
-            q_BSHE.transpose(1, 2),
-            k_BLHE.transpose(1, 2),
-            v_BLHV.transpose(1, 2),
-            mask=attention_mask,
-            scale=self.scaling,
-            dropout=self.dropout if self.training else 0.0,
-        )
+        q_BHSE, k_BHLE, v_BHLV = (x.transpose(1, 2) for x in (q_BSHE, k_BLHE, v_BLHV))
+        out_BHSV = attend(self, q_BHSE, k_BHLE, v_BHLV, mask=attention_mask, step=step)
         out = region.leave(self.o_proj(out_BHSV.transpose(1, 2).flatten(2)))
         return (out if self.o_proj.bias is None else out + region.weight(self.o_proj, "bias")), None

@@ -1,29 +1,42 @@
 """Forwards of a converted causal LM, its decoder and the decoder's layers, in the place of transformers' own.
 
-Conversion makes a model an instance of a subclass of its transformers class, so that `generate`,
-`save_pretrained` and isinstance checks go on working. The causal LM computes the loss on sharded logits; the decoder
-builds its attention mask without asking a tensor anything on the host (transformers reads one value per forward);
-and all three hand the ForwardPass on, to every module that needs to know of slices, masks and balance losses.
+Conversion makes a model an instance of a subclass of its transformers class, so that `generate` and isinstance
+checks go on working (`save_pretrained`: whole_weights.py). The causal LM computes the loss on sharded logits; the
+decoder builds its attention mask without asking a tensor anything on the host (transformers reads one value per
+forward); and all three hand the ForwardPass on, to every module that needs to know of slices, masks and balance losses.
 """
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
-from transformers.utils import can_return_tuple
-from transformers.utils.output_capturing import capture_outputs
 from typing_extensions import override
 
 from lightning_npu_tp.errors import ConfigError, ConversionError
+from lightning_npu_tp.models.layers.forward_arguments import (
+    choose_states,
+    has_hooks,
+    keep_positions,
+    own_forwards,
+    read_by,
+    refuse_unread,
+    take_shown,
+)
 from lightning_npu_tp.models.layers.vocab import IGNORED_LABEL
+from lightning_npu_tp.models.layers.whole_weights import WholeWeights
+from lightning_npu_tp.models.moe.balance import layers_balance_loss
 from lightning_npu_tp.parallel.forward_pass import ForwardPass, handed
 from lightning_npu_tp.parallel.layout import Groups
+from lightning_npu_tp.parallel.recompute import checkpointed
 from lightning_npu_tp.parallel.tensor_region import Region
 from lightning_npu_tp.parallel.whole_values import paused
 
@@ -46,6 +59,11 @@ def attention_mask_4d(
     do not go up by one a new document starts, which sees nothing of the one before.
     Returns bool [B, 1, S, L], True = attend, or None for plain causal attention.
     """
+    if isinstance(attention_mask, dict):
+        raise ConfigError(
+            f"attention_mask is a dictionary of {sorted(attention_mask)}, which is not supported. Pass the mask of "
+            f"full attention itself: every layer here attends to all earlier positions."
+        )
     if attention_mask is not None and attention_mask.ndim == 4:
         return attention_mask
     packed = None if attention_mask is not None or past_length else position_ids
@@ -75,6 +93,18 @@ class ShardedDecoderLayer(nn.Module):
     self_attn: Any
     post_attention_layernorm: Any
     mlp: Any
+    # Set by conversion. No annotations: those are the layer's parts (`mixins.check_parts`).
+    region = Region(Groups())
+    has_dropout = True
+
+    @property
+    def _gradient_checkpointing_func(self) -> Any:
+        """How the layer runs while transformers' switch is on: as with recompute=block, whatever function it set."""
+        return partial(checkpointed, self.region, self.has_dropout)
+
+    @_gradient_checkpointing_func.setter
+    def _gradient_checkpointing_func(self, function: Any) -> None:
+        pass
 
     @override
     def forward(
@@ -111,7 +141,6 @@ class ShardedDecoder(nn.Module):
     # Set by conversion; a decoder that was only mixed with this class works whole.
     region: Region = Region(Groups())
 
-    @capture_outputs
     @paused()
     @override
     def forward(
@@ -124,20 +153,26 @@ class ShardedDecoder(nn.Module):
         use_cache: bool | None = None,
         *,
         token_mask: Tensor | None = None,
+        return_dict: bool | None = None,
         step: ForwardPass | None = None,
         **kwargs: Any,
-    ) -> MoeModelOutputWithPast:
+    ) -> Any:
         """As transformers' forward; all tensors global and replicated over the tensor ranks.
 
         token_mask: as in `ShardedCausalLM`; of a decoder that is called by itself.
-        step: of the model around the decoder. With a sliced region, last_hidden_state is this rank's slice.
+        step:   of the model around the decoder. With a sliced region, last_hidden_state is this rank's slice.
+        kwargs: output_hidden_states, output_attentions and output_router_logits, where no step says what to show, and
+                what layers of a user's own take.
+        Returns a MoeModelOutputWithPast, or a tuple of what is not None.
         Raises ConversionError where layers of another kind lose what they would need of it.
         """
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         if tokens is None or (input_ids is not None and inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         is_own_pass = step is None
-        step = step or ForwardPass(self.region, token_mask=_token_mask(token_mask, attention_mask, tokens))
+        shown = take_shown(self.config, kwargs)
+        kwargs = refuse_unread(self, kwargs, own_forwards(self.layers), position_ids=position_ids)
+        step = step or ForwardPass(self.region, token_mask=_token_mask(token_mask, attention_mask, tokens), show=shown)
         if use_cache is None:
             use_cache = bool(getattr(self.config, "use_cache", False)) and not self.training
         if use_cache and past_key_values is None:
@@ -155,6 +190,7 @@ class ShardedDecoder(nn.Module):
         hidden = self.embed_tokens(input_ids, step=step) if inputs_embeds is None else step.region.slice(inputs_embeds)
         tables = self.rotary_emb(hidden, position_ids)
         for layer in self.layers[: self.config.num_hidden_layers]:
+            step.show("hidden_states", hidden)
             hidden = layer(
                 hidden,
                 attention_mask=mask,
@@ -172,16 +208,23 @@ class ShardedDecoder(nn.Module):
                 f"causal LM. Call the causal LM, whose output has aux_loss, or pass step=ForwardPass(...).",
                 stacklevel=2,
             )
-        return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden, step=step), past_key_values=past_key_values)
+        hidden = self.norm(hidden, step=step)
+        step.show("hidden_states", hidden)
+        output = MoeModelOutputWithPast(
+            last_hidden_state=hidden,
+            past_key_values=past_key_values,
+            **(_shown(step, shown) if is_own_pass else {}),
+        )
+        return output if _returns_dict(self.config, return_dict) else output.to_tuple()
 
 
-class ShardedCausalLM(nn.Module):
+class ShardedCausalLM(WholeWeights):
     """Mixin for a transformers causal LM (`model`, `lm_head`)."""
 
+    config: Any
     model: Any
     lm_head: Any
 
-    @can_return_tuple
     @paused()
     @override
     def forward(
@@ -193,36 +236,53 @@ class ShardedCausalLM(nn.Module):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
+        *,
         logits_to_keep: int | Tensor = 0,
         shift_labels: Tensor | None = None,
         num_items_in_batch: int | Tensor | None = None,
+        ignore_index: int = IGNORED_LABEL,
         gather_logits: bool | None = None,
         token_mask: Tensor | None = None,
+        return_dict: bool | None = None,
         **kwargs: Any,
-    ) -> MoeCausalLMOutputWithPast:
+    ) -> Any:
         """As transformers' forward, on one rank's part of the model.
 
-        input_ids, labels: [B, S]; labels are not shifted, -100 is ignored (`shift_labels`: shifted).
+        input_ids, labels: [B, S]; labels are not shifted, ignore_index is ignored (`shift_labels`: shifted).
         num_items_in_batch: divisor of the summed loss; None takes the number of labels that count.
-        gather_logits: whether to return logits [B, S, V]; None means only when no labels are given,
-        since training needs no logits and they are the largest tensor of the model.
+        logits_to_keep: positions that logits, and the loss, are computed for; see `keep_positions`.
+        gather_logits: whether to return logits [B, S, V]; None means only when no labels are given or a tuple is
+            asked for, since training needs no logits and they are the largest tensor of the model.
         token_mask: bool [B, S], false for padding, which then counts in no balance loss and no expert's picks; None
-        takes attention_mask [B, S], or counts all. For batches without one: packed documents, a 4-D mask.
+            takes attention_mask [B, S], or counts all. For batches without one: packed documents, a 4-D mask.
+        kwargs: output_hidden_states, output_attentions, output_router_logits; what a `loss_function` of the user's
+            takes, or layers of the user's own.
 
-        Returns loss (scalar, at least float32, replicated), logits, aux_loss: the sum of the
-        balance losses of the MoE layers, not part of `loss`.
+        A `loss_function` of the user's and hooks of `lm_head` get gathered logits.
+
+        Returns a MoeCausalLMOutputWithPast, or a tuple of what is not None: loss (scalar, at least float32,
+        replicated), logits, aux_loss: the sum of the balance losses of the MoE layers, not part of `loss`; with
+        output_router_logits in families whose transformers class has a `router_aux_loss_coef`: transformers' own
+        balance loss over all layers, which times that factor is part of `loss`, as there.
+        Raises ConfigError for an argument that nothing reads and for two balance losses at once.
         """
-        if labels is not None and shift_labels is None:
-            shift_labels = F.pad(labels[..., 1:], (0, 1), value=IGNORED_LABEL)
-        has_labels = shift_labels is not None
+        shown = take_shown(self.config, kwargs)
+        has_labels = labels is not None or shift_labels is not None
+        loss_function: Any = getattr(self, "loss_function", ForCausalLMLoss)
+        has_own_loss = has_labels and loss_function is not ForCausalLMLoss
+        decoders = own_forwards([self.model, *self.model.layers])
+        readers = [*decoders, loss_function] if has_own_loss else decoders
+        kwargs = refuse_unread(self, kwargs, readers, position_ids=position_ids)
         if use_cache is None and has_labels:
             use_cache = False
         region: Region = self.model.region
+        head_has_hooks = has_hooks(self.lm_head)
         tokens = input_ids if input_ids is not None else inputs_embeds
-        if tokens is not None:
+        # What is shown, to the caller or to hooks, is shown whole.
+        if tokens is not None and not shown and not head_has_hooks:
             has_cache = past_key_values is not None or bool(use_cache)
             region = region.sliced(region.length_to_slice(tokens.shape[1], has_cache=has_cache))
-        step = ForwardPass(region, token_mask=_token_mask(token_mask, attention_mask, tokens))
+        step = ForwardPass(region, token_mask=_token_mask(token_mask, attention_mask, tokens), show=shown)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -231,32 +291,109 @@ class ShardedCausalLM(nn.Module):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **handed(step, self.model),
-            **kwargs,
+            **read_by(decoders, kwargs, readers),
         )
         _refuse_lost_pass(self.model, step)
-        hidden = region.enter(outputs.last_hidden_state)
-        loss = None
-        if shift_labels is not None:
-            flat = shift_labels.reshape(-1)
-            total = self.lm_head.token_losses(hidden.flatten(0, -2), flat).sum()
-            count = (flat != IGNORED_LABEL).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-            loss = total / count
-        logits = None
-        if gather_logits or (gather_logits is None and not has_labels):
-            # slice(-0, None) is everything, which is what 0 means to transformers.
-            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.lm_head.logits(hidden[:, keep])
-        losses = list(step.balance_losses)
-        # What keeps the pass, such as a checkpoint of the user's own, must not keep the graph of its losses.
-        step.balance_losses.clear()
-        return MoeCausalLMOutputWithPast(
+        hidden = outputs.last_hidden_state
+        entered = keep_positions(region.enter(hidden), logits_to_keep)
+        logits = loss = None
+        if gather_logits is None:
+            gather_logits = not has_labels or not _returns_dict(self.config, return_dict)
+        if gather_logits or (has_labels and (has_own_loss or head_has_hooks)):
+            logits = (
+                self.lm_head(keep_positions(hidden, logits_to_keep)) if head_has_hooks else self.lm_head.logits(entered)
+            )
+        if has_own_loss:
+            given = {"shift_labels": shift_labels, "num_items_in_batch": num_items_in_batch}
+            given = {name: value for name, value in given.items() if value is not None} | kwargs
+            if ignore_index != IGNORED_LABEL:
+                given["ignore_index"] = ignore_index
+            # By position where transformers does so: the function's names are its author's.
+            named = {"logits": logits, "labels": labels, "vocab_size": self.config.vocab_size}
+            by_position = hasattr(self, "router_aux_loss_coef")
+            loss = loss_function(*named.values(), **given) if by_position else loss_function(**named, **given)
+        elif has_labels:
+            if shift_labels is None:
+                assert labels is not None
+                shift_labels = F.pad(labels[..., 1:], (0, 1), value=ignore_index)
+            whole = logits if head_has_hooks else None
+            loss = self._cross_entropy(entered, whole, shift_labels, ignore_index, num_items_in_batch)
+        seen = _shown(step, shown)
+        loss, aux_loss = self._with_balance_loss(loss, step)
+        output = MoeCausalLMOutputWithPast(
             loss=loss,
-            aux_loss=sum(losses[1:], losses[0]) if losses else None,
+            aux_loss=aux_loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
+            **seen,
         )
+        return output if _returns_dict(self.config, return_dict) else output.to_tuple()
+
+    def _cross_entropy(
+        self,
+        entered: Tensor,
+        logits: Tensor | None,
+        shift_labels: Tensor,
+        ignore_index: int,
+        num_items_in_batch: int | Tensor | None,
+    ) -> Tensor:
+        """Sum over the tokens that count over their number; of whole logits where there are, else of the shards'.
+
+        entered: [B, P, D] or [N, D], the positions kept. shift_labels: as many ids.
+        """
+        labels, rows = shift_labels.reshape(-1), entered.flatten(0, -2)
+        if len(labels) != len(rows):
+            raise ConfigError(
+                f"logits_to_keep leaves {len(rows)} positions and there are {len(labels)} labels. Leave logits_to_keep "
+                f"out of a call with labels, or pass shift_labels for the positions that it keeps."
+            )
+        if logits is None:
+            losses = self.lm_head.token_losses(rows, labels, ignore_index)
+        else:
+            wide = logits.flatten(0, -2).to(torch.promote_types(logits.dtype, torch.float32))
+            losses = F.cross_entropy(wide, labels, ignore_index=ignore_index, reduction="none")
+        count = (labels != ignore_index).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+        return losses.sum() / count
+
+    def _with_balance_loss(self, loss: Tensor | None, step: ForwardPass) -> tuple[Tensor | None, Tensor | None]:
+        """The loss, and the aux_loss of the output; what the pass holds of graphs is let go."""
+        losses, logits = list(step.balance_losses), step.shown.get("router_logits")
+        aux_loss = sum(losses[1:], losses[0]) if losses else None
+        factor = getattr(self, "router_aux_loss_coef", None)
+        if logits and factor is not None:
+            if losses:
+                own = {name: getattr(self.config, name, 0.0) for name in ("aux_loss_alpha", "router_z_loss_coef")}
+                raise ConfigError(
+                    f"output_router_logits=True adds transformers' balance loss to the loss, and the config asks for "
+                    f"{' and '.join(f'{name}={value}' for name, value in own.items() if value)}, which are returned "
+                    f"beside it. Set either these to 0 or output_router_logits to false."
+                )
+            aux_loss = layers_balance_loss(logits, self.config.num_experts_per_tok, step.token_mask)
+            loss = None if loss is None else loss + factor * aux_loss
+        # What keeps the pass, such as a checkpoint of the user's own, must not keep the graph of its losses.
+        step.balance_losses.clear()
+        step.shown.clear()
+        return loss, aux_loss
+
+
+def _returns_dict(config: Any, return_dict: bool | None) -> bool:
+    return bool(getattr(config, "return_dict", True) if return_dict is None else return_dict)
+
+
+def _shown(step: ForwardPass, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """What the pass has been asked to show, as fields of transformers' outputs.
+
+    asked: as `take_shown` returns it. Raises ConversionError for hidden states that a decoder of another kind keeps.
+    """
+    seen: dict[str, Any] = {name: tuple(tensors) for name, tensors in step.shown.items() if tensors}
+    if "hidden_states" in asked:
+        if "hidden_states" not in seen:
+            raise ConversionError(
+                "output_hidden_states=True: the decoder's own forward does not show them. Let it call step.show("
+                "'hidden_states', hidden) with each layer's input and with the result of its last norm."
+            )
+        seen["hidden_states"] = choose_states(seen["hidden_states"], asked["hidden_states"])
+    return seen
 
 
 def _refuse_lost_pass(decoder: Any, step: ForwardPass) -> None:
@@ -275,7 +412,7 @@ def _refuse_lost_pass(decoder: Any, step: ForwardPass) -> None:
             )
 
 
-def _token_mask(token_mask: Tensor | None, attention_mask: Tensor | None, tokens: Tensor | None) -> Tensor | None:
+def _token_mask(token_mask: Tensor | None, attention_mask: Any, tokens: Tensor | None) -> Tensor | None:
     """Which tokens are none of padding, bool [B, S], as the user says; None where nobody says it.
 
     attention_mask: [B, L] over cached positions as well; a ready-made 4-D one says nothing of tokens.
@@ -284,7 +421,7 @@ def _token_mask(token_mask: Tensor | None, attention_mask: Tensor | None, tokens
     if tokens is None:
         return None
     if token_mask is None:
-        if attention_mask is None or attention_mask.ndim != 2:
+        if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2:
             return None
         token_mask = attention_mask[:, -tokens.shape[1] :]
     elif token_mask.shape != tokens.shape[:2]:
@@ -293,54 +430,3 @@ def _token_mask(token_mask: Tensor | None, attention_mask: Tensor | None, tokens
             f"one value for each token, false for padding."
         )
     return token_mask.to(device=tokens.device, dtype=torch.bool)
-
-
-_SUBCLASSES: dict[tuple[type, type], type] = {}
-
-
-def mix_in(module: nn.Module, mixin: type, *, keep_foreign: bool = False) -> None:
-    """Make `module` an instance of its class with `mixin` in it, keeping its state; twice is once.
-
-    module: of a list, each of its children becomes one. The mixin's forward takes the place of transformers'; that of
-            a user's own subclass still runs, and finds the mixin's where it calls its parent's.
-    keep_foreign: leave alone a module with no class of transformers' among its parents. It is a user's, in a model of
-            transformers', and its forward calls the sharded parts by itself.
-    """
-    if isinstance(module, nn.ModuleList):
-        for child in module:
-            mix_in(child, mixin, keep_foreign=keep_foreign)
-    elif not isinstance(module, mixin) and (not keep_foreign or _is_of_transformers(type(module))):
-        key = (mixin, type(module))
-        if key not in _SUBCLASSES:
-            _SUBCLASSES[key] = _subclass(type(module), mixin)
-        module.__class__ = _SUBCLASSES[key]
-
-
-def _is_of_transformers(kind: type) -> bool:
-    return any(parent.__module__.startswith("transformers.") for parent in kind.__mro__)
-
-
-def _subclass(kind: type, mixin: type) -> type:
-    base = next((parent for parent in kind.__mro__ if parent.__module__.startswith("transformers.")), kind)
-    sharded = type(f"Sharded{base.__name__}", (mixin, base), {})
-    return sharded if kind is base else type(f"Sharded{kind.__name__}", (kind, sharded), {})
-
-
-def check_parts(module: nn.Module, mixin: type, *, keep_foreign: bool = False) -> None:
-    """Raise ConversionError for a decoder layer whose parts are others than the mixin computes with.
-
-    A subclass of the user's own may have more; what they do is said in its forward. keep_foreign: see `mix_in`.
-    """
-    if isinstance(module, nn.ModuleList):
-        for child in module:
-            check_parts(child, mixin, keep_foreign=keep_foreign)
-    elif keep_foreign and not _is_of_transformers(type(module)):
-        return
-    elif issubclass(mixin, ShardedDecoderLayer) and not isinstance(module, mixin):
-        parts, known = {name for name, _ in module.named_children()}, set(ShardedDecoderLayer.__annotations__)
-        is_transformers_own = type(module).__module__.startswith("transformers.")
-        if parts != known if is_transformers_own else not known <= parts:
-            raise ConversionError(
-                f"{type(module).__name__} has the parts {sorted(parts)}, and ShardedDecoderLayer computes with "
-                f"{sorted(known)}. Give the family a mixin of its own for model.layers."
-            )

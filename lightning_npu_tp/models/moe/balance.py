@@ -79,6 +79,20 @@ def batch_balance_loss(
     return (picks_BE.sum(0) * num_experts / (num_picks * tokens) * (sums_BE.sum(0) / tokens)).sum()
 
 
+def layers_balance_loss(logits_LTE: list[Tensor], num_picks: int, mask_BS: Tensor | None = None) -> Tensor:
+    """Balance loss of all tokens and all layers together, as transformers computes it for `output_router_logits`.
+
+    logits_LTE: `Routing.logits_TE` of each mixture layer, softmax-scored and whole. mask_BS: true for tokens that
+    count; None counts all.
+    Returns a scalar without its factor: `num_picks` for an even spread. Gradient: to the logits.
+    Source: `load_balancing_loss_func` of transformers' Mixtral, after equations 4 to 6 of arXiv:2101.03961.
+    """
+    scores_LTE = torch.stack(logits_LTE).softmax(dim=-1)
+    experts_LTK = scores_LTE.detach().topk(num_picks, dim=-1).indices
+    mask_LT = None if mask_BS is None else mask_BS.reshape(1, -1).expand(scores_LTE.shape[:2])
+    return num_picks * batch_balance_loss(scores_LTE, experts_LTK, mask_LT)
+
+
 def router_z_loss(logits_TE: Tensor, mask_T: Tensor | None = None, *, reduce: Reduce | None = None) -> Tensor:
     """Mean over tokens of the squared log of the sum of the exponentials of the logits.
 

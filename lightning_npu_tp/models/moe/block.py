@@ -134,6 +134,7 @@ class MoEBlock(nn.Module):
         first = None if step.is_second_run else route()
         experts_TK = step.remember(lambda: first.experts_TK if first is not None else None)
         routing = first if first is not None else route(experts_TK=experts_TK)
+        step.show("router_logits", routing.logits_TE)
         self._record(routing, hidden_BSD.shape[:2], step)
         compute = self._sliced if step.region.is_sliced and isinstance(self.dispatcher, AllToAll) else self._partial
         return compute(hidden_BSD, routing, step).to(hidden_BSD.dtype)

@@ -4,12 +4,14 @@ the caller, layouts that are refused without saying what works, and leftovers on
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, DeepseekV2ForCausalLM, GPT2Config
 
 from lightning_npu_tp import kernels
@@ -215,16 +217,24 @@ def test_what_is_left_on_meta_fills_itself_or_is_named() -> None:
 # transformers 5.23 renames the switch; 5.17 has this name only.
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable")
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_checkpointing_that_would_lose_the_balance_losses_gradient_is_refused(alone, use_reentrant: bool) -> None:
+def test_transformers_switch_for_checkpointing_loses_no_gradient_of_balance_losses(alone, use_reentrant: bool) -> None:
     config = tiny_deepseek_v2_config(aux_loss_alpha=0.1)
     model = _model(config).train()
     convert(model, **alone)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    model(**random_batch(config, 2, 8, seed=0)).aux_loss.backward()
+    assert model.model.layers[1].mlp.gate.weight.grad is not None
+
+
+def test_checkpointing_that_would_lose_the_balance_losses_gradient_is_refused(alone) -> None:
+    config = tiny_deepseek_v2_config(aux_loss_alpha=0.1)
+    model = _model(config).train()
+    convert(model, **alone)
     model.enable_input_require_grads()
-    batch = random_batch(config, 2, 8, seed=0)
-    if use_reentrant:
-        with pytest.raises(ConfigError, match="strategy.recompute=block"):
-            model(**batch)
-    else:
-        model(**batch).aux_loss.backward()
-        assert model.model.layers[1].mlp.gate.weight.grad is not None
+    for layer in model.model.layers:
+        forward = layer.forward
+        layer.forward = lambda *args, forward=forward, **kwargs: checkpoint(
+            partial(forward, **kwargs), *args, use_reentrant=True
+        )
+    with pytest.raises(ConfigError, match="strategy.recompute=block"):
+        model(**random_batch(config, 2, 8, seed=0))
