@@ -135,8 +135,12 @@ def _reshard_what_is_left(module: Any, arguments: Any) -> None:
             group.reshard()
 
 
-def reshard_after_step(root: nn.Module) -> None:
-    """After a step of an optimizer: nothing that was gathered before it is what a forward is to compute with."""
+def reshard_idle(root: nn.Module) -> None:
+    """After a step of an optimizer or an evaluation: give up what is still gathered.
+
+    It would keep the values of before the step, and stand where the user's code looks for the parameters, to freeze or
+    to hand to an optimizer.
+    """
     for group in _fsdp_groups(root):
         if group._training_state is TrainingState.IDLE:
             group.reshard()

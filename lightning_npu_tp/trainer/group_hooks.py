@@ -25,7 +25,7 @@ from lightning_npu_tp.convert.data_parallel import (
     rebind_groups,
     reduce_gradients,
     release_groups,
-    reshard_after_step,
+    reshard_idle,
 )
 from lightning_npu_tp.devices.device import NPU, backend_for
 from lightning_npu_tp.devices.hccl_settings import HcclSettings, SettingsReport
@@ -180,7 +180,7 @@ class GroupHooks(CheckpointHooks):
         """Make a step; forwards after it compute with what it has made."""
         result = super().optimizer_step(*args, **kwargs)
         if self.layout.data > 1:
-            reshard_after_step(self._module)
+            reshard_idle(self._module)
         return result
 
     def token_groups(self) -> list[dist.ProcessGroup]:

@@ -39,6 +39,7 @@ from lightning_npu_tp.convert.convert import Options, convert, materialize_rest,
 from lightning_npu_tp.convert.data_parallel import (
     DataParallel,
     reset_after_failed_step,
+    reshard_idle,
 )
 from lightning_npu_tp.devices.device import idle_npus
 from lightning_npu_tp.devices.hccl_settings import HcclSettings
@@ -456,6 +457,21 @@ class NPUTensorParallelStrategy(GroupHooks):
     def on_predict_start(self) -> None:
         """Refuse ranks with different numbers of batches."""
         self.on_validation_start()
+
+    @override
+    def on_validation_end(self) -> None:
+        """Give up what the evaluation has gathered; so do the test and the prediction."""
+        reshard_idle(self._module)
+
+    @override
+    def on_test_end(self) -> None:
+        """Give up what the test has gathered."""
+        self.on_validation_end()
+
+    @override
+    def on_predict_end(self) -> None:
+        """Give up what the prediction has gathered."""
+        self.on_validation_end()
 
     @override
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int | None = None) -> Any:

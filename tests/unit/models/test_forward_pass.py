@@ -219,7 +219,10 @@ class Doubled(torch.nn.Linear):
 
 
 def put_norm(model: Any) -> None:
-    model.model.norm.__class__ = type("LlamaRMSNorm", (LlamaRMSNorm,), {"__module__": "mine"})
+    def forward(self: Any, hidden_states: Tensor) -> Tensor:
+        return 2 * hidden_states
+
+    model.model.norm.__class__ = type("LlamaRMSNorm", (LlamaRMSNorm,), {"__module__": "mine", "forward": forward})
 
 
 def put_mlp(model: Any) -> None:
@@ -237,9 +240,9 @@ def put_head(model: Any) -> None:
 @pytest.mark.parametrize(
     ("put", "named"),
     [
-        (put_norm, "model.norm is a LlamaRMSNorm"),
+        (put_norm, r"model.norm \(LlamaRMSNorm\) has a forward of its own"),
         (put_mlp, "model.layers.0.mlp is a WideMLP"),
-        (put_projection, "model.layers.1.self_attn.q_proj is a Doubled"),
+        (put_projection, r"model.layers.1.self_attn.q_proj \(Doubled\) has a forward of its own"),
         (put_head, "lm_head is a Doubled"),
     ],
 )
