@@ -67,6 +67,16 @@ IN_MAKE_TEST: dict[str, tuple[str, ...]] = {
     "test_an_expression_over_shards_has_the_value_and_the_gradient_of_the_whole": ("4",),
     "test_norms_penalties_logs_and_clipping_are_those_of_whole_tensors": ("shard-clipped", "replicas-logged"),
     "test_any_layout_resumes_from_any_other": ("tensor-both",),
+    # Each habit that needed something of ours, once; the other layouts and habits are its cross product.
+    "test_a_habit_gives_the_numbers_of_plain_lightning": (
+        "tensor-finetuning resumed",
+        "tensor-learning rate",
+        "tensor-no optimizer",
+        "tensor-scheduler added",
+        "replicate-manual",
+        "shard-backbone",
+    ),
+    "test_a_file_of_plain_lightning_goes_on_here": ("tensor",),
     # 25 pairs of layouts; `test_any_layout_resumes_from_any_other` has one.
     "test_every_layout_resumes_from_every_other": (),
     # All layouts; tests/unit/tools/test_audit.py and `test_what_one_rank_does_is_found` have one.

@@ -115,7 +115,7 @@ def require_same_end(ended: bool, *, batches: int, loader: int, layout: Layout, 
 
     ended:   whether this rank has none after these batches.
     batches: of this epoch so far.
-    loader:  number of the loader of the last one.
+    loader:  number of the loader that the next one comes from.
     stage:   as for `require_equal_batches`.
     Collective over all ranks. Raises the same DataError on every rank.
     """
@@ -124,9 +124,8 @@ def require_same_end(ended: bool, *, batches: int, loader: int, layout: Layout, 
         return
     least = [has_ended for has_ended, _ in by_rank]
     if not any(least):
-        # With several loaders, the first one of some ranks is the shorter one.
+        # With several loaders, some ranks go on to the next one.
         least = [number == max(number for _, number in by_rank) for _, number in by_rank]
-        batches -= 1
     short = [rank for rank, is_short in enumerate(least) if is_short]
     raise DataError(
         f"The {_STAGES[stage]} data ends after {batches} batches on {ranks_in_words(short)} (data "

@@ -43,8 +43,11 @@ def at_batch(trainer: Trainer, layout: Layout, options: Options, loader: int) ->
         return
     progress = (loop.epoch_loop if trainer.training else loop).batch_progress
     batches = progress.current.ready + 1
+    # Between two loaders Lightning reduces what the first has logged; at the next batch it would be too late.
+    fetched = getattr(loop._data_fetcher, "batches", None)
+    following = fetched[0][2] if fetched else loader
     limited = trainer.training and batches >= trainer.num_training_batches
-    _compare(trainer, layout, loop, ended=progress.is_last_batch or limited, batches=batches, loader=loader)
+    _compare(trainer, layout, loop, ended=progress.is_last_batch or limited, batches=batches, loader=following)
 
 
 def _compare(trainer: Trainer, layout: Layout, loop: Any, *, ended: bool, batches: int, loader: int = 0) -> None:

@@ -210,7 +210,6 @@ def no_optimizer(run: Run) -> Foreign:
 def averaged(run: Run) -> Foreign:
     module = Foreign()
     run.fit(module, run.trainer(max_epochs=3, callbacks=[callbacks.StochasticWeightAveraging(1e-2, 1, 1)]))
-    module.weights = whole(module) if run.world == 1 else module.weights
     return module
 
 
@@ -376,8 +375,16 @@ def train(rank: int, world: int, name: str, layout: dict[str, Any] | None, folde
     return module.weights, module.seen
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", HABITS)
+# Averages of the weights are refused over data ranks, and there the finder looks at rank 0's loss, as under DDP.
+CASES = [
+    (layout, name)
+    for layout in LAYOUTS
+    for name in HABITS
+    if layout == "tensor" or name not in ("swa", "ema", "learning rate", "learning rate callback")
+]
+
+
+@pytest.mark.parametrize(("layout", "name"), CASES, ids=["-".join(case) for case in CASES])
 def test_a_habit_gives_the_numbers_of_plain_lightning(on_ranks: Any, tmp_path: Path, name: str, layout: str) -> None:
     ((weights, seen),) = on_ranks(train, 1, name, None, str(tmp_path / "plain"), backend=None)
     world, settings = LAYOUTS[layout]
