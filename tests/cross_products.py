@@ -135,8 +135,6 @@ IN_MAKE_TEST: dict[str, tuple[str, ...]] = {
     "test_a_job_of_a_sweep_has_the_time_to_save_that_its_strategy_sets": (),
     "test_a_job_that_saves_no_config_is_composed_again_for_its_ranks": (),
     "test_sigterm_ends_a_sweep_with_its_job": ("its job",),
-    # Ranks that do not import torchrun's whole: `test_torchrun_gets_the_error_with_its_notes`.
-    "test_the_rank_that_failed_first_is_named_on_the_others_with_its_error": (),
     "test_a_model_trains_on_after_a_run_that_failed": ("replicate",),
     # `test_the_four_steps_and_the_comparison` is the whole command.
     "test_float64_over_data_and_expert_ranks": (),

@@ -353,7 +353,8 @@ class Drawing(Module):
 
 
 def generators(rank: int, world_size: int, folder: str) -> Any:
-    run = trainer(strategy())
+    # Tensor ranks share theirs.
+    run = trainer(strategy(data_parallel_size=2))
     run.fit(Module(), data())
     torch.manual_seed(rank)
     random.seed(rank)
@@ -361,7 +362,7 @@ def generators(rank: int, world_size: int, folder: str) -> Any:
     run.save_checkpoint(f"{folder}/a")
     wanted = drawn()
     module = Drawing()
-    trainer(strategy(), max_epochs=2).fit(module, data(), ckpt_path=f"{folder}/a")
+    trainer(strategy(data_parallel_size=2), max_epochs=2).fit(module, data(), ckpt_path=f"{folder}/a")
     return wanted, module.numbers
 
 

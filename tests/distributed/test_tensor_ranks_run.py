@@ -6,6 +6,7 @@ draws, workers and sampled tokens that are seeded by the global rank.
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterator
 from datetime import timedelta
@@ -87,7 +88,8 @@ def trainer(layout: tuple[int, int], **settings: Any) -> Trainer:
 
 
 def train_unseeded(rank: int, world_size: int, layout: tuple[int, int], seed_again: bool) -> dict[str, Any]:
-    # As processes start that nobody has seeded: apart.
+    # As processes start that nobody has seeded: apart, and without what a test before this one has left.
+    os.environ.pop("PL_GLOBAL_SEED", None)
     seed(rank)
     module, run = Module(seed_again), trainer(layout)
     run.fit(module, DataLoader(Shuffled(), batch_size=2))

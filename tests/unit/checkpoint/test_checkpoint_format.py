@@ -343,12 +343,13 @@ def test_the_bytes_needed_are_those_on_disk(tmp_path: Path) -> None:
 # --- a file of plain Lightning ------------------------------------------------------------------------
 
 
-def test_of_a_file_of_plain_lightning_the_weights_are_loaded_and_numbered_optimizer_states_are_refused(
+def test_of_a_file_of_plain_lightning_optimizer_states_in_another_order_are_refused_and_the_weights_loaded(
     tmp_path: Path,
 ) -> None:
     path, other = tmp_path / "plain.ckpt", nn.Linear(8, 4)
     model, optimizer = model_and_optimizer()
-    torch.save({"state_dict": model.state_dict(), "optimizer_states": [optimizer.state_dict()]}, path)
+    in_another_order = dict(reversed(model.state_dict().items()))
+    torch.save({"state_dict": in_another_order, "optimizer_states": [optimizer.state_dict()]}, path)
     with pytest.raises(CheckpointError, match=r"say the numbers .* Set strategy\.resume_weights_only=true"):
         load(path)
     training_state.load(path, other, [], strict=True, weights_only=None)
