@@ -120,7 +120,7 @@ class TensorRanks:
             f"They compute parts of one model and need one batch. Leave the sampler to Lightning, or divide the data "
             f"by trainer.strategy.distributed_sampler_kwargs, here {sampler}, and not by the rank among all ranks; "
             f"draw random numbers for data from torch's, numpy's or Python's own generators, which are the same on "
-            f"these ranks, or from one with a fixed seed."
+            f"these ranks once fit has begun and before it after seed_everything, or from one with a fixed seed."
         )
 
 
