@@ -1,8 +1,8 @@
 """Train mixture-of-experts language models sharded over Ascend NPUs with PyTorch Lightning.
 
-The public surface is the names below and three sub-packages: `callbacks` (Lightning callbacks for any module),
-`models` (what a `ModelFamily` of your own is made of) and `kernels` (which implementation computes what). Whatever
-else lies in the package may change between versions.
+The public surface is the names below and four sub-packages: `callbacks` (Lightning callbacks for any module),
+`optim` (optimizers for sharded parameters), `models` (what a `ModelFamily` of your own is made of) and `kernels`
+(which implementation computes what). Whatever else lies in the package may change between versions.
 
 Importing it makes `Trainer(accelerator="npu", strategy="npu_tp")` work, in either order with Lightning, and does no
 more: no torch, Lightning, transformers or torch_npu is imported before a name is asked for, no device touched, no
@@ -26,7 +26,7 @@ from lightning_npu_tp.errors import (
 from lightning_npu_tp.trainer.registration import register_with_lightning
 
 if TYPE_CHECKING:
-    from lightning_npu_tp import callbacks, kernels, models
+    from lightning_npu_tp import callbacks, kernels, models, optim
     from lightning_npu_tp.devices.hccl_settings import HcclSettings
     from lightning_npu_tp.launch.sweep import run_job
     from lightning_npu_tp.models.families.family import ModelFamily
@@ -53,6 +53,7 @@ __all__ = [
     "callbacks",
     "kernels",
     "models",
+    "optim",
     "run_job",
     "weights_from",
 ]
@@ -60,7 +61,7 @@ __all__ = [
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
-        "": "callbacks kernels models",
+        "": "callbacks kernels models optim",
         "devices.hccl_settings": "HcclSettings",
         "launch.sweep": "run_job",
         "models.families.family": "ModelFamily",
