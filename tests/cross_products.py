@@ -45,6 +45,8 @@ IN_MAKE_TEST: dict[str, tuple[str, ...]] = {
     "test_every_layout_equals_one_process": tuple(f"everything-sizes{i}-{bool(i % 2)}" for i in range(7)),
     "test_a_sharded_training_run_equals_transformers_in_one_process": ("uneven_vocabulary-4", "*-2"),
     "test_router_losses_and_counts_do_not_depend_on_the_layout": ("slices sent-False",),
+    "test_masters_are_those_of_float32_training_in_every_layout": ("*-12",),
+    "test_masters_come_out_of_a_checkpoint_bit_for_bit": ("float32",),
     "test_an_optimizer_gives_the_weights_of_one_process_or_is_refused": ("data 2, tensor 2, expert 4",),
     "test_padding_counts_nowhere_in_any_family": ("deepseek_v3", "qwen2_moe"),
     "test_padding_counts_nowhere_in_any_layout": ("tensor 2, slices", "data 2, tensor 2, expert 4"),

@@ -31,6 +31,7 @@ from lightning_npu_tp.checkpoint.identity import misfits
 from lightning_npu_tp.checkpoint.manifest import Manifest
 from lightning_npu_tp.checkpoint.peers import Peers
 from lightning_npu_tp.errors import CheckpointError
+from lightning_npu_tp.optim.exchange import give_halves, take_masters
 
 # The name that Lightning's consolidation script looks for.
 _MODEL_KEY = "model"
@@ -173,7 +174,28 @@ def _load_folder(path: Path, model: nn.Module, optimizers: Sequence[Optimizer], 
     for index, optimizer in stateful:
         values = _room_for(f"optimizer_{index}", metadata, model, optimizer)
         reader.load_tensors({f"optimizer_{index}": values}, path, metadata, peers)
+        _exchange_masters(values["state"], model, optimizer, path, metadata, peers)
         _set_optimizer(path, values, model, optimizer, strict=strict)
+
+
+def _exchange_masters(
+    states: dict[str, Any], model: nn.Module, optimizer: Optimizer, path: Path, metadata: Metadata, peers: Peers
+) -> None:
+    """Where a run goes on in another precision: make float32 weights of the checkpoint's halves, or halves of those."""
+    parameters = dict(model.named_parameters())
+    for name, master in take_masters(states, parameters, optimizer).items():
+        with torch.no_grad():
+            parameters[name].copy_(master)
+
+    def read(name: str) -> Tensor | None:
+        stored = metadata.state_dict_metadata.get(f"{_MODEL_KEY}.{name}")
+        if not isinstance(stored, TensorStorageMetadata) or stored.properties.dtype.itemsize < 4:
+            return None
+        wide = {name: torch.empty_like(parameters[name], dtype=torch.float32, requires_grad=False)}
+        reader.load_tensors({_MODEL_KEY: wide}, path, metadata, peers)
+        return wide[name]
+
+    give_halves(states, parameters, optimizer, read)
 
 
 def _room_for(key: str, metadata: Metadata, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
@@ -254,6 +276,8 @@ def _load_file(
     named = [
         _named(path, state, model, optimizer, weights) for optimizer, state in zip(optimizers, states, strict=False)
     ]
+    for optimizer, state in zip(optimizers, named, strict=True):
+        weights |= take_masters(state.get("state", {}), weights, optimizer)
     set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, strict=strict))
     for optimizer, state in zip(optimizers, named, strict=True):
         if state.get("state"):

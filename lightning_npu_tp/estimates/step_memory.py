@@ -94,7 +94,7 @@ def rank_memory(
     """Memory of `rank` of `layout` for parameters of these global shapes.
 
     bytes_per_element: of parameters, gradients and optimizer states (4 for 32-true and the mixed
-    precisions, 2 for bf16-true). optimizer_states: tensors per parameter, 2 for AdamW.
+    precisions, 2 for bf16-true). optimizer_states: per parameter, in its own size; 2 for AdamW.
     data_parallel: "shard" divides everything over the data ranks too, experts over their replicas.
     in_blocks: bytes as an allocator counts them (`blocks`): parameters first, then gradients from the last to the
         first, then the states of one parameter after the other.

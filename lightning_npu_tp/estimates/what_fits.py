@@ -113,6 +113,10 @@ class Run:
     seen: int = 0
 
 
+# As many tensors of the parameter's two bytes as its state, the remainder among them, takes by dtype of the moments.
+_STATES_OF_ADAMW_BF16 = {"float32": 5, "bfloat16": 3}
+
+
 def needed(run: Run) -> int:
     """Bytes of the fullest rank at the peak of a training step."""
     return _predicted(run, run)
@@ -214,9 +218,12 @@ def suggestions(run: Run, usable: int) -> list[str]:
         batch = "" if layout.batch == run.batch else f" with data.batch_size={layout.batch}"
         found.append(f"strategy's data, tensor and expert_parallel_size={sizes}{devices}{batch}{_about(run, layout)}")
     if run.bytes_per_element == 4:
-        narrow = replace(run, bytes_per_element=2, activation_bytes=2)
-        if _predicted(run, narrow) <= limit:
-            found.append(f"trainer.precision=bf16-true{_about(run, narrow)}")
+        for moments, states in _STATES_OF_ADAMW_BF16.items():
+            narrow = replace(run, bytes_per_element=2, activation_bytes=2, optimizer_states=states)
+            if _predicted(run, narrow) <= limit:
+                setting = "trainer.precision=bf16-true with optimizer=adamw_bf16"
+                found.append(f"{setting} and optimizer.moments={moments}{_about(run, narrow)}")
+                break
     return found
 
 

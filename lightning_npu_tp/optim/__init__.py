@@ -1,6 +1,6 @@
 """Optimizers for sharded parameters: plain torch, the same numbers in every layout, on every device.
 
-    AdamWBF16  AdamW over weights that live in bfloat16, with their exact float32 masters
+AdamWBF16  AdamW over weights that live in bfloat16, with their exact float32 masters
 """
 
 from typing import TYPE_CHECKING

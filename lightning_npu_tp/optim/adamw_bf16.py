@@ -1,8 +1,8 @@
 """AdamW for weights that live in bfloat16, without what a plain AdamW loses of them.
 
-A bfloat16 number has eight bits: an update below 1/256 of a weight is rounded away, and at the rates of fine-tuning most
-are. Here the sixteen bits that a weight lost are kept beside it (split_float.py), so that both together are the float32
-master of mixed precision, in two bytes a parameter instead of four.
+A bfloat16 number has eight bits: an update below 1/256 of a weight is rounded away, and at the rates of fine-tuning
+most are. Here the sixteen bits that a weight lost are kept beside it (split_float.py), so that both together are the
+float32 master of mixed precision, in two bytes a parameter instead of four.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
+from itertools import count
 from typing import Any, Literal
 
 import torch
@@ -44,7 +45,7 @@ class _Piece:
 
 
 class AdamWBF16(AdamW):
-    """torch's AdamW over bfloat16 parameters and their exact float32 masters; other dtypes as torch's AdamW updates them.
+    """torch's AdamW over bfloat16 parameters and their exact float32 masters; of other dtypes it is torch's AdamW.
 
     With moments="float32" weight and remainder are, bit for bit, what torch.optim.AdamW makes of float32 parameters
     whose forward reads them rounded to bfloat16. Takes DTensors of any layout and plain tensors, in one group too.
@@ -90,15 +91,22 @@ class AdamWBF16(AdamW):
             raise ConfigError(f"AdamWBF16: moments={moments!r} is not one of {list(_DTYPES)}. Take one of these.")
         if bucket_mib <= 0:
             raise ConfigError(f"AdamWBF16: bucket_mib={bucket_mib} is not above 0. Set it to some MiB, such as 64.")
-        super().__init__(
-            params, lr, betas, eps, weight_decay, maximize=maximize, foreach=foreach, fused=fused
-        )
-        for group in self.param_groups:
-            # With the other settings, so that groups of the user's can differ and a checkpoint has them.
-            group.setdefault("moments", moments)
-        # In whole vectors of the processor: torch's fused kernel rounds otherwise in what is left over at a tensor's end.
+        super().__init__(params, lr, betas, eps, weight_decay, maximize=maximize, foreach=foreach, fused=fused)
+        self._moments = moments
+        self._complete_groups()
+        # Whole vectors of the processor: torch's fused kernel rounds otherwise in what is left over at a tensor's end.
         self._bucket_elements = max(1, int(bucket_mib * 2**20) // _TEMPORARY_BYTES // _ALIGNED) * _ALIGNED
         self._seed = seed
+
+    def _complete_groups(self) -> None:
+        # With the other settings, so that groups of the user's can differ and a checkpoint has them.
+        for group in self.param_groups:
+            group.setdefault("moments", self._moments)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of state for each element of a bfloat16 parameter: two moments and the remainder."""
+        return 2 * max(_DTYPES[group["moments"]].itemsize for group in self.param_groups) + 2
 
     @override
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -117,10 +125,11 @@ class AdamWBF16(AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        number, scratch = 0, dict[torch.device, _Scratch]()
+        numbers, scratch = count(), dict[torch.device, _Scratch]()
         for group in self.param_groups:
             waiting: dict[torch.device, list[_Piece]] = {}
-            for number, parameter in enumerate(group["params"], number):
+            for parameter in group["params"]:
+                number = next(numbers)
                 if parameter.grad is None:
                     continue
                 for piece in self._pieces(parameter, group, number):
@@ -130,13 +139,12 @@ class AdamWBF16(AdamW):
                         self._update(bucket, group, scratch)
                         bucket.clear()
                     bucket.append(piece)
-            number += 1
             for bucket in waiting.values():
                 self._update(bucket, group, scratch)
         return loss
 
     def masters(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Each parameter with its float32 value, one after the other; a DTensor's as a DTensor of the same placements."""
+        """Each parameter with its float32 value, one after the other; a DTensor's is one of the same placements."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 yield parameter, master_of(parameter, self.state.get(parameter, {}))
@@ -146,7 +154,7 @@ class AdamWBF16(AdamW):
         if not state:
             is_split = parameter.dtype == torch.bfloat16
             dtype = _DTYPES[group["moments"]] if is_split else parameter.dtype
-            where = _local(parameter).device if group["fused"] else "cpu"
+            where = local_part(parameter).device if group["fused"] else "cpu"
             state["step"] = torch.zeros((), dtype=torch.float32, device=where)
             state["exp_avg"] = torch.zeros_like(parameter, dtype=dtype)
             state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=dtype)
@@ -155,26 +163,34 @@ class AdamWBF16(AdamW):
         return state
 
     def _pieces(self, parameter: Tensor, group: dict[str, Any], number: int) -> Iterator[_Piece]:
-        if parameter.grad is not None and parameter.grad.is_sparse:
+        grad = parameter.grad
+        assert grad is not None
+        if grad.is_sparse:
             raise ConfigError("AdamWBF16 takes dense gradients. Set sparse=False on the embedding.")
         state = self._state_of(parameter, group)
-        grad = parameter.grad
         if isinstance(grad, DTensor) and isinstance(parameter, DTensor):
             grad = grad.redistribute(placements=parameter.placements)
-        names = ["exp_avg", "exp_avg_sq", *(["remainder"] if "remainder" in state else [])]
-        weight, grad, *states = (_local(tensor) for tensor in (parameter, grad, *map(state.get, names)))
+        tensors = [parameter, grad, state["exp_avg"], state["exp_avg_sq"]]
+        if "remainder" in state:
+            tensors.append(state["remainder"])
+        weight, grad, *states = map(local_part, tensors)
         # In the order of memory, so that weights and states are views: what is written to a copy would be lost.
-        order = sorted(range(weight.dim()), key=lambda dim: (-weight.stride(dim), dim))
+        strides = weight.stride()
+        order = sorted(range(weight.dim()), key=lambda dim: (-strides[dim], dim))
         place = place_of(parameter, order)
         flat = [tensor.permute(order).view(-1) for tensor in (weight, *states)]
         flat.insert(1, grad.permute(order).reshape(-1))
         total = weight.numel()
+        if not total:
+            # The rank has nothing of it, and counts its steps as the others do.
+            state["step"] += 1
         for start in range(0, total, self._bucket_elements):
             stop = min(start + self._bucket_elements, total)
-            parts = [tensor[start:stop] for tensor in flat]
+            weight, grad, first, second, *rest = (tensor[start:stop] for tensor in flat)
             # torch counts up the step that it is given: that of the parameter itself once, with the last piece.
             step = state["step"] if stop == total else state["step"].clone()
-            yield _Piece(number, place, start, stop, *parts[:4], parts[4] if len(parts) > 4 else None, step)
+            remainder = rest[0] if rest else None
+            yield _Piece(number, place, start, stop, weight, grad, first, second, remainder, step)
 
     def _update(self, bucket: list[_Piece], group: dict[str, Any], scratches: dict[torch.device, _Scratch]) -> None:
         if not bucket:
@@ -213,7 +229,7 @@ class AdamWBF16(AdamW):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` of this class gave, in the dtypes that it has; of torch.optim.AdamW too.
+        """Load what `state_dict` of this class gave, in the dtypes that it has; what torch's Adam and AdamW gave too.
 
         torch's would give every state the dtype of its parameter, and with it round the moments and the remainder.
         """
@@ -224,7 +240,16 @@ class AdamWBF16(AdamW):
         for number, parameter in zip(numbers, parameters, strict=True):
             for name, value in kept.get(number, {}).items():
                 if isinstance(value, Tensor) and name != "step":
-                    self.state[parameter][name] = deepcopy(value.to(_local(parameter).device))
+                    self.state[parameter][name] = deepcopy(value.to(local_part(parameter).device))
+        self._complete_groups()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                state = self.state.get(parameter, {})
+                if "exp_avg" in state and parameter.dtype == torch.bfloat16 and "remainder" not in state:
+                    # Of another AdamW: these weights are all that is known of their masters.
+                    state["remainder"] = torch.zeros_like(parameter, dtype=torch.int16)
+                    for name in ("exp_avg", "exp_avg_sq"):
+                        state[name] = state[name].to(_DTYPES[group["moments"]])
 
 
 # float32 copies of weight, gradient and two moments, torch's square root, and integers that are thrown away.
@@ -262,7 +287,8 @@ class _Scratch:
         return self._free[self._used - elements : self._used]
 
 
-def _local(tensor: Tensor) -> Tensor:
+def local_part(tensor: Tensor) -> Tensor:
+    """The rank's part of a DTensor; another tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -270,7 +296,7 @@ def master_of(parameter: Tensor, state: dict[str, Any]) -> Tensor:
     """The float32 value of a parameter with this state of AdamWBF16; without a remainder, its own in float32."""
     if "remainder" not in state:
         return parameter.detach().float()
-    parts = (_local(tensor) for tensor in (parameter.detach(), state["remainder"], state["exp_avg_sq"]))
+    parts = (local_part(tensor) for tensor in (parameter.detach(), state["remainder"], state["exp_avg_sq"]))
     weight, remainder, second = parts
     local = torch.empty_like(weight, dtype=torch.float32)
     join(weight, remainder, second.clone(), local, torch.empty_like(weight, dtype=torch.int32))

@@ -45,7 +45,7 @@ def key_of(seed: int, number: int, step: int) -> int:
 
 
 def noise(place: Place, start: int, stop: int, key: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Two times 16 random bits, int32 [stop - start] in [0, 65535], of elements `start` to `stop` of the flattened part.
+    """Twice 16 random bits, int32 [stop - start] in [0, 65535], of elements `start` to `stop` of the flattened part.
 
     A hash of key and global position (the mixing function is "lowbias32"): no generator, no state, no host.
     """

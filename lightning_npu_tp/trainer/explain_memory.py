@@ -29,6 +29,7 @@ from lightning_npu_tp.estimates.what_fits import (
 )
 from lightning_npu_tp.kernels import select
 from lightning_npu_tp.models.families.registry import FAMILIES, find_models
+from lightning_npu_tp.optim import AdamWBF16
 from lightning_npu_tp.parallel.plan import match_plan
 from lightning_npu_tp.parallel.tensor_region import local
 from lightning_npu_tp.trainer.explain_collective import frames_of
@@ -129,7 +130,9 @@ def describe_run(trainer: Any, batch_shape: tuple[int, int] | None, *, seen: int
     parameter = next(model.parameters())
     narrow = "bf16" in str(trainer.precision) or "16" in str(trainer.precision)
     tensors_per_parameter = 2
-    if trainer.optimizers and not isinstance(trainer.optimizers[0], torch.optim.Adam | torch.optim.AdamW):
+    if trainer.optimizers and isinstance(trainer.optimizers[0], AdamWBF16):
+        tensors_per_parameter = trainer.optimizers[0].state_bytes // parameter.element_size()
+    elif trainer.optimizers and not isinstance(trainer.optimizers[0], torch.optim.Adam | torch.optim.AdamW):
         states = trainer.optimizers[0].state.get(parameter, {})
         tensors_per_parameter = sum(isinstance(value, Tensor) and value.ndim > 0 for value in states.values())
     batch, length = batch_shape or (0, 0)

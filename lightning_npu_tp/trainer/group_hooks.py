@@ -45,12 +45,15 @@ from lightning_npu_tp.trainer import module_setup
 from lightning_npu_tp.trainer.checkpoint_hooks import CheckpointHooks
 from lightning_npu_tp.trainer.data_mean import reduce_over_data
 from lightning_npu_tp.trainer.explain_error import noted
+from lightning_npu_tp.trainer.lost_updates import LostUpdates
 from lightning_npu_tp.trainer.teardown import close_all
 from lightning_npu_tp.trainer.tensor_ranks import TensorRanks
 
 
 class GroupHooks(CheckpointHooks):
     """Process groups, meshes and collectives of the strategy. A subclass calls `_set_up_groups` and has the rest."""
+
+    _lost_updates: LostUpdates
 
     def _set_up_groups(self, *, timeout: timedelta, hccl: HcclSettings | None, backend: str | None) -> None:
         self._timeout = timeout
@@ -178,7 +181,10 @@ class GroupHooks(CheckpointHooks):
     @override
     def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
         """Make a step; forwards after it compute with what it has made."""
+        optimizer = args[0] if args else kwargs["optimizer"]
+        self._lost_updates.before(optimizer)
         result = super().optimizer_step(*args, **kwargs)
+        self._lost_updates.after(optimizer)
         if self.layout.data > 1:
             reshard_idle(self._module)
         return result

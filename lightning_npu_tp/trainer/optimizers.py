@@ -18,6 +18,7 @@ from torch.distributed.tensor.placement_types import Replicate
 from torch.optim import ASGD, LBFGS, SGD, Adafactor, Adagrad, Adam, AdamW, Optimizer, Rprop, SparseAdam
 
 from lightning_npu_tp.errors import ConfigError
+from lightning_npu_tp.optim import AdamWBF16
 
 # On Ascend the fused kernels loop over the parameters, and for-each, the default there, does not.
 _FUSED_DEVICES = ("cpu", "cuda")
@@ -27,9 +28,17 @@ _NOT_FUSED = (SGD, Adagrad)
 _FACTORS = "its factors are means over rows and columns of whole matrices, which DTensor cannot write in place"
 
 
-def refuse_optimizers(optimizers: Sequence[Optimizer]) -> None:
-    """Raise ConfigError for an optimizer that cannot update its parameters as one process would."""
+def refuse_optimizers(optimizers: Sequence[Optimizer], precision: str = "") -> None:
+    """Raise ConfigError for an optimizer that cannot update its parameters as one process would.
+
+    precision: Lightning's name of the run's; an optimizer may be made for others only.
+    """
     for optimizer in optimizers:
+        if isinstance(optimizer, AdamWBF16) and precision.endswith("-mixed"):
+            raise ConfigError(
+                f"AdamWBF16 keeps the lost bits of bfloat16 weights, and trainer.precision={precision} keeps the "
+                f"weights in float32. Use torch.optim.AdamW (optimizer=adamw), or set trainer.precision to bf16-true."
+            )
         reason = _why_not(optimizer, [p for group in optimizer.param_groups for p in group["params"]])
         if reason is not None:
             raise ConfigError(

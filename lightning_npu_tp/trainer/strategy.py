@@ -64,6 +64,7 @@ from lightning_npu_tp.trainer.even_batches import seed_workers_by_data_rank, wit
 from lightning_npu_tp.trainer.explain_error import may_hang, noted
 from lightning_npu_tp.trainer.group_hooks import GroupHooks
 from lightning_npu_tp.trainer.loops import evaluate_without_inference_mode, install_loops, move_results_to_host
+from lightning_npu_tp.trainer.lost_updates import LostUpdates
 from lightning_npu_tp.trainer.optimizers import choose_implementations, refuse_optimizers
 from lightning_npu_tp.trainer.precision import precision_dtype, rebuild_precision
 from lightning_npu_tp.trainer.registration import OTHER_IMPORT
@@ -324,7 +325,8 @@ class NPUTensorParallelStrategy(GroupHooks):
                 callback.setup(trainer, module, "fit")
             self.optimizers, self.lr_scheduler_configs = [], []
             self.setup_optimizers(trainer)
-            refuse_optimizers(self.optimizers)
+            refuse_optimizers(self.optimizers, str(self.precision_plugin.precision))
+            self._lost_updates = LostUpdates()
             plain = module_setup.plain_parameters(module)
             choose_implementations(self.optimizers, plain, self.root_device.type)
         if self.layout.data > 1:

@@ -22,6 +22,7 @@ from transformers.optimization import Adafactor as TransformersAdafactor
 from lightning_npu_tp import NPUTensorParallelStrategy
 from lightning_npu_tp.convert.convert import Options
 from lightning_npu_tp.errors import ConfigError
+from lightning_npu_tp.optim import AdamWBF16
 from lightning_npu_tp.parallel.layout import Layout
 from lightning_npu_tp.tools.testing.models import (
     counted_tokens,
@@ -44,6 +45,7 @@ WORKS: dict[str, Make] = {
     "Adagrad": partial(optim.Adagrad, lr=1e-2, eps=1e-4),
     "Adam": partial(optim.Adam, lr=1e-2, eps=1e-4, amsgrad=True),
     "AdamW": partial(optim.AdamW, lr=1e-2, eps=1e-4),
+    "AdamWBF16": partial(AdamWBF16, lr=1e-2, eps=1e-4),
     "Adamax": partial(optim.Adamax, lr=1e-2, eps=1e-4),
     "ASGD": partial(optim.ASGD, lr=1e-2, t0=1),
     "NAdam": partial(optim.NAdam, lr=1e-2, eps=1e-4),
@@ -51,6 +53,7 @@ WORKS: dict[str, Make] = {
     "RMSprop": partial(optim.RMSprop, lr=1e-3, eps=1e-2, centered=True, momentum=0.9),
     "SGD": partial(optim.SGD, lr=0.1, momentum=0.9, nesterov=True),
 }
+# What makes it another optimizer begins at bfloat16: test_bf16_optimizer_ranks.py.
 FOREACH = {f"{name}, for-each": partial(make, foreach=True) for name, make in WORKS.items() if name != "ASGD"}
 REFUSED: dict[str, tuple[Make, str]] = {
     "Adafactor": (partial(optim.Adafactor, lr=1e-2), "its factors are means over rows and columns"),
@@ -211,7 +214,10 @@ def test_the_table_in_the_docs_says_what_works() -> None:
     told = {name: verdict for names, verdict in rows.items() for name in re.findall(r"`([\w.]+)`", names)}
     ours = {f"torch.optim.{name}" for name in dir(optim) if isinstance(getattr(optim, name), type)}
     ours = {name for name in ours if issubclass(getattr(optim, name.rpartition(".")[2]), optim.Optimizer)}
-    assert told.keys() == ours - {"torch.optim.Optimizer"} | {"transformers.optimization.Adafactor"}
+    assert told.keys() == ours - {"torch.optim.Optimizer"} | {
+        "transformers.optimization.Adafactor",
+        "lightning_npu_tp.optim.AdamWBF16",
+    }
     for name, verdict in told.items():
         short = "transformers' Adafactor" if name.startswith("transformers") else name.rpartition(".")[2]
         assert (verdict == "works") == (short in WORKS), name

@@ -161,8 +161,11 @@ def test_a_layout_of_fewer_data_ranks_takes_their_sequences(lite: Run) -> None:
 
 def test_half_the_bytes_are_offered_to_a_run_in_float32(lite: Run) -> None:
     run = replace(lite, bytes_per_element=4, activation_bytes=4, batch=1, length=256)
-    lines = suggestions(run, int(needed(replace(run, bytes_per_element=2, activation_bytes=2)) / 0.95) + 1)
-    assert any(line.startswith("trainer.precision=bf16-true") for line in lines)
+    for moments, states in {"float32": 5, "bfloat16": 3}.items():
+        fits = needed(replace(run, bytes_per_element=2, activation_bytes=2, optimizer_states=states))
+        # Weights of two bytes alone would fit too, and hardly train.
+        wanted = f"trainer.precision=bf16-true with optimizer=adamw_bf16 and optimizer.moments={moments} (about "
+        assert any(line.startswith(wanted) for line in suggestions(run, int(fits / 0.95) + 1))
     assert not any("precision" in line for line in suggestions(lite, 10**15))
 
 

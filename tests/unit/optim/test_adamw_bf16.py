@@ -16,6 +16,8 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 
 from lightning_npu_tp.errors import ConfigError
 from lightning_npu_tp.optim import AdamWBF16
+from lightning_npu_tp.optim.adamw_bf16 import master_of
+from lightning_npu_tp.optim.exchange import give_halves, take_masters
 from lightning_npu_tp.optim.noise import key_of, noise, place_of
 from lightning_npu_tp.optim.split_float import join, round_stochastically, split
 
@@ -39,12 +41,14 @@ def test_both_halves_make_the_same_bits_again(moments: torch.dtype) -> None:
     assert torch.equal(weight[~is_nan], values[~is_nan].bfloat16())
     assert torch.equal(marked.abs(), second) and 0 < marked.signbit().sum() < 1000
     join(weight, remainder, marked, back, spare)
-    assert torch.equal(back[~is_nan].view(torch.int32), values[~is_nan].view(torch.int32)) and back[is_nan].isnan().all()
+    assert (
+        torch.equal(back[~is_nan].view(torch.int32), values[~is_nan].view(torch.int32)) and back[is_nan].isnan().all()
+    )
     assert torch.equal(marked, second)
 
 
 def pairs(dtype: torch.dtype = torch.bfloat16) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """bfloat16 parameters and float32 ones of the same values: a matrix in another order of memory, a vector, experts."""
+    """bfloat16 parameters and float32 ones of the same values: a matrix in another order, a vector, experts."""
     generator = torch.Generator().manual_seed(0)
     shapes = [(70, 51), (300,), (3, 40, 25), ()]
     values = [torch.randn(shape, generator=generator).mul_(0.02).to(dtype) for shape in shapes]
@@ -58,7 +62,7 @@ def steps(optimizers: Any, num_steps: int, *parameters: list[nn.Parameter], firs
         for same in zip(*parameters, strict=True):
             gradient = torch.randn(same[0].shape, generator=generator).bfloat16()
             for parameter in same:
-                # In the parameter's order of memory, as autograd leaves it: torch's fused kernel takes no heed of another.
+                # In the parameter's order of memory, as autograd leaves it: torch's fused kernel assumes it.
                 parameter.grad = torch.empty_like(parameter).copy_(gradient)
         for optimizer in optimizers:
             optimizer.step()
@@ -101,7 +105,7 @@ def test_parameters_of_other_dtypes_are_updated_as_torch_does() -> None:
 
 
 def test_bfloat16_moments_keep_their_mean() -> None:
-    """Rounded to nearest, the second moment would stand still: a change of 1/1000 is below a bfloat16's step of 1/256."""
+    """Rounded to nearest, the second moment would stand still: a change of 1/1000 is below the step of 1/256."""
     narrow, wide = pairs()
     settings: Any = {"lr": 1e-5, "betas": (0.9, 0.999), "weight_decay": 0.0}
     ours, torchs = AdamWBF16(narrow, moments="bfloat16", **settings), torch.optim.AdamW(wide, **settings)
@@ -124,7 +128,9 @@ def test_stochastic_rounding_keeps_what_lies_between() -> None:
     assert set(rounded.unique().tolist()) == {1.0, 1 + 2**-7}
     assert rounded.float().mean().item() == pytest.approx(1 + 2**-10, abs=5e-5)
     exact = torch.tensor([1.0, -2.5, 0.0, float("inf")])
-    round_stochastically(exact, torch.full((4,), 0xFFFF, dtype=torch.int32), kept := torch.empty(4, dtype=torch.bfloat16))
+    round_stochastically(
+        exact, torch.full((4,), 0xFFFF, dtype=torch.int32), kept := torch.empty(4, dtype=torch.bfloat16)
+    )
     assert torch.equal(kept.float(), exact)
 
 
@@ -170,6 +176,46 @@ def test_a_loaded_state_goes_on_bit_for_bit(moments: Any, through_dcp: bool) -> 
             assert value.dtype == again.state[new][name].dtype and torch.equal(value, again.state[new][name]), name
     # What was loaded is a copy.
     assert not torch.equal(two.state[first[0]]["exp_avg"], again.state[second[0]]["exp_avg"])
+
+
+def test_a_state_of_another_adamw_is_taken_with_its_weights_as_masters() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        wide = [nn.Parameter(parameter.detach().to(dtype)) for parameter in pairs()[1]]
+        theirs = torch.optim.AdamW(wide, lr=1e-3)
+        steps([theirs], 3, wide)
+        narrow = [nn.Parameter(parameter.detach().bfloat16()) for parameter in wide]
+        ours = AdamWBF16(narrow)
+        ours.load_state_dict(theirs.state_dict())
+        for parameter, master in ours.masters():
+            assert torch.equal(master, parameter.detach().float())
+            assert ours.state[parameter]["exp_avg"].dtype == torch.float32
+        before = [parameter.detach().clone() for parameter in narrow]
+        # What is smaller than a bfloat16 can take is kept.
+        ours.param_groups[0]["lr"] = 1e-6
+        steps([ours], 1, narrow, first=3)
+        assert (narrow[0] == before[0]).float().mean() > 0.9
+        assert not any(torch.equal(master, parameter.detach().float()) for parameter, master in ours.masters())
+
+
+def test_masters_become_float32_weights_and_halves_again() -> None:
+    narrow, _ = pairs()
+    ours = AdamWBF16(narrow, lr=1e-5)
+    steps([ours], 5, narrow)
+    names = [f"weight{number}" for number in range(len(narrow))]
+    masters = dict(zip(names, (master for _, master in ours.masters()), strict=True))
+    states = {name: {**ours.state[parameter]} for name, parameter in zip(names, narrow, strict=True)}
+    # Loaded into float32 weights, as a checkpoint's bfloat16 values are.
+    loaded = {name: parameter.detach().float() for name, parameter in zip(names, narrow, strict=True)}
+    assert take_masters(states, loaded, ours) == {}
+    taken = take_masters(states, loaded, torch.optim.AdamW(narrow))
+    assert taken.keys() == masters.keys() and all(torch.equal(taken[name], masters[name]) for name in names)
+    assert not any("remainder" in state or state["exp_avg_sq"].signbit().any() for state in states.values())
+    fresh = {name: nn.Parameter(torch.zeros_like(parameter)) for name, parameter in zip(names, narrow, strict=True)}
+    give_halves(states, fresh, AdamWBF16(fresh.values()), taken.get)
+    for name, parameter in zip(names, narrow, strict=True):
+        assert torch.equal(fresh[name], parameter) and torch.equal(master_of(fresh[name], states[name]), masters[name])
+    give_halves(states := {"weight0": {"exp_avg_sq": torch.zeros(1)}}, fresh, AdamWBF16(fresh.values()), lambda _: None)
+    assert "remainder" not in states["weight0"]
 
 
 def test_memory_of_an_update_is_that_of_a_bucket() -> None:
