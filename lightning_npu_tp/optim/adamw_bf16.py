@@ -221,8 +221,8 @@ class AdamWBF16(AdamW):
             if piece.remainder is None:
                 continue
             if piece.second.dtype == torch.bfloat16:
-                key = key_of(self._seed, piece.number, int(piece.step))
-                noises = noise(piece.place, piece.start, piece.stop, key, weight.device)
+                key = key_of(self._seed, piece.number)
+                noises = noise(piece.place, piece.start, piece.stop, key, piece.step, weight.device)
                 round_stochastically(first, noises[0], piece.first)
                 round_stochastically(second, noises[1], piece.second)
             split(weight, piece.weight, piece.remainder, piece.second, scratch.spare(weight.numel()))

@@ -13,6 +13,8 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 # Sizes, offsets in the whole and strides in the whole of a rank's part, from the outermost dimension.
 Place = tuple[tuple[int, int, int], ...]
+# Steps that follow each other are to differ in all bits: 2^32 divided by the golden ratio, as a signed number.
+_GOLDEN = 0x9E3779B1 - 2**32
 
 
 def place_of(parameter: Tensor, order: Sequence[int]) -> Place:
@@ -38,18 +40,20 @@ def place_of(parameter: Tensor, order: Sequence[int]) -> Place:
     return tuple(place) or ((1, 0, 1),)
 
 
-def key_of(seed: int, number: int, step: int) -> int:
-    """A key of 31 bits for one parameter in one step."""
-    text = f"{seed}/{number}/{step}"
+def key_of(seed: int, number: int) -> int:
+    """A key of 31 bits for one parameter."""
+    text = f"{seed}/{number}"
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "little") >> 1
 
 
-def noise(place: Place, start: int, stop: int, key: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def noise(place: Place, start: int, stop: int, key: int, step: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     """Twice 16 random bits, int32 [stop - start] in [0, 65535], of elements `start` to `stop` of the flattened part.
 
-    A hash of key and global position (the mixing function is "lowbias32"): no generator, no state, no host.
+    A hash of key, step and global position (the mixing function is "lowbias32"): no generator, no state.
+
+    step: a scalar, on the device or on the host: the device is not asked for its value.
     """
-    bits = _positions(place, start, stop, device).bitwise_xor_(key)
+    bits = _positions(place, start, stop, device).bitwise_xor_(key).bitwise_xor_(step.to(torch.int32) * _GOLDEN)
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B - 2**32)):
         bits.bitwise_xor_(_shifted(bits, shift)).mul_(factor)
     upper = _shifted(bits, 16)

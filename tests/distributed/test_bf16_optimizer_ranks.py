@@ -17,11 +17,13 @@ import torch
 from lightning.pytorch import Callback
 from test_strategy import Module, data, trainer
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from lightning_npu_tp import NPUTensorParallelStrategy
 from lightning_npu_tp.errors import ConfigError
 from lightning_npu_tp.optim import AdamWBF16
+from lightning_npu_tp.optim.noise import noise, place_of
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "tensor 2": {"tensor_parallel_size": 2},
@@ -155,6 +157,25 @@ def test_masters_come_out_of_a_checkpoint_bit_for_bit(on_ranks: Any, tmp_path: P
         for what in ("data 2 shard", "data 2 replicate", "float32", "back"):
             assert all(torch.equal(found[what][name], master) for name, master in first.items()), what
         assert all(torch.equal(found["resumed"][name], master) for name, master in found["straight"].items())
+
+
+def bits_of_places(rank: int, world_size: int) -> bool:
+    mesh, step, device = init_device_mesh("cpu", (world_size,)), torch.tensor(3.0), torch.device("cpu")
+    same = []
+    for shape in ((7, 5, 6), (4, 3), (5,)):
+        order = list(range(len(shape)))
+        whole = torch.empty(shape)
+        bits = noise(place_of(whole, order), 0, whole.numel(), 11, step, device)[0].view(shape)
+        for dim in order:
+            part = distribute_tensor(whole, mesh, [Shard(dim)])
+            held = distribute_tensor(bits, mesh, [Shard(dim)]).to_local()
+            found = noise(place_of(part, order), 0, held.numel(), 11, step, device)[0]
+            same.append(torch.equal(found, held.reshape(-1)))
+    return all(same)
+
+
+def test_random_bits_belong_to_the_place_in_the_whole_on_every_rank(on_ranks: Any) -> None:
+    assert on_ranks(bits_of_places, 2) == [True, True]
 
 
 class Plain(Narrow):
