@@ -2,12 +2,12 @@
 
     python benchmarks/bf16_optimizer.py --json bf16_optimizer.json
 
-Recipes: a tiny DeepSeek-V2 with weights at std 0.02 is trained for some steps at a rate of fine-tuning on sentences of a
-random grammar. Each recipe's figure is how far its weights moved (masters, where it has them), and how far the loss on
-other sentences of the grammar fell, over what the same run in 32-true has. All start from the same bfloat16 values.
+Recipes: a tiny DeepSeek-V2 with weights at std 0.02 is trained for some steps at a rate of fine-tuning on sentences of
+a random grammar. Each recipe's figure is how far its weights moved (masters, where it has them), and how far the loss
+on other sentences of the grammar fell, over what the same run in 32-true has. All start from the same bfloat16 values.
 
-Time: one update of the same parameters, in turns with torch.optim.AdamW(fused=True) over float32 ones; the median of the
-ratios. Bytes are those that an update must read and write at least, a parameter.
+Time: one update of the same parameters, in turns with torch.optim.AdamW(fused=True) over float32 ones; the median of
+the ratios. Bytes are those that an update must read and write at least, a parameter.
 """
 
 from __future__ import annotations

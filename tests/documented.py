@@ -180,7 +180,7 @@ NOT_RUN: dict[str, str] = {
         f"python benchmarks/{name}.py": _LONG
         for name in (
             "moe_block training_step load_weights checkpoint_save kill_rounds resume_table proof_table losses_on_npu "
-            "mutations memory_arithmetic export_memory token_cache recompute_memory"
+            "mutations memory_arithmetic export_memory token_cache recompute_memory bf16_optimizer"
         ).split()
     },
 }
