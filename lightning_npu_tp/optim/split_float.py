@@ -23,7 +23,7 @@ def join(weight: Tensor, remainder: Tensor, marked: Tensor, out: Tensor, spare: 
     spare:     int32, overwritten.
     """
     bits = out.view(torch.int32)
-    bits.copy_(weight.view(torch.int16)).mul_(_UPPER).add_(remainder)
+    bits.copy_(remainder).add_(weight.view(torch.int16), alpha=_UPPER)
     if marked.dtype == torch.float32:
         torch.bitwise_right_shift(marked.view(torch.int32), 31, out=spare)
     else:
