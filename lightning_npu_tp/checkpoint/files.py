@@ -18,6 +18,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
+from lightning_npu_tp.checkpoint.regular_files import open_regular
+
 PARTIAL, PREVIOUS, REMOVED = "partial", "previous", "removed"
 _BESIDE = re.compile(rf"^\.(?P<name>.+)\.(?P<kind>{PARTIAL}|{PREVIOUS}|{REMOVED})-[0-9a-f]{{12}}$")
 _CHUNK = 1 << 22
@@ -93,8 +95,8 @@ class Written:
 
 def crc32_of(path: Path, first: int = 0, length: int | None = None) -> int:
     """CRC-32 of a file, or of `length` of its bytes from byte `first` on."""
-    value, left = 0, os.path.getsize(path) if length is None else length
-    with open(path, "rb") as stream:
+    with open_regular(path, inside=False) as stream:
+        value, left = 0, os.fstat(stream.fileno()).st_size if length is None else length
         stream.seek(first)
         while left > 0 and (chunk := stream.read(min(_CHUNK, left))):
             value = zlib.crc32(chunk, value)
@@ -117,7 +119,7 @@ def unsealed_json(content: bytes) -> dict[str, Any] | None:
     if zlib.crc32(blank) != int(found[1], 16):
         return None
     values: dict[str, Any] = json.loads(content)
-    del values["checksum"]
+    values.pop("checksum", None)
     return values
 
 

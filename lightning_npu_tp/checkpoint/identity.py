@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
 from lightning_npu_tp.checkpoint.manifest import Manifest
+from lightning_npu_tp.checkpoint.tokenizer_files import HERE, contents_to_keep
 from lightning_npu_tp.errors import CheckpointError
 from lightning_npu_tp.models.families.family import ModelFamily
 from lightning_npu_tp.models.families.registry import find_models
@@ -73,8 +74,18 @@ def models_in(module: nn.Module, families: Sequence[ModelFamily]) -> dict[str, d
     return found
 
 
+def tokenizer_contents(manifest: Manifest) -> dict[str, bytes]:
+    """Name -> content of the files of the manifest's tokenizer, to be saved with it; it is told of them."""
+    if manifest.tokenizer is None or manifest.tokenizer["source"] is None:
+        return {}
+    types = {str(model["config"].get("model_type")) for model in manifest.models.values()}
+    kept = contents_to_keep(Path(manifest.tokenizer["source"]), types)
+    manifest.tokenizer["path"] = HERE if kept else None
+    return kept
+
+
 def tokenizer_of(trainer: Trainer) -> dict[str, Any] | None:
-    """The tokenizer of the trainer's data module, if it has one that says who it is."""
+    """The tokenizer of the trainer's data module, if it has one that says who it is; `source` is where it was read."""
     tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
     fingerprint = getattr(tokenizer, "fingerprint", None)
     if fingerprint is None:
@@ -82,7 +93,8 @@ def tokenizer_of(trainer: Trainer) -> dict[str, Any] | None:
     path = getattr(tokenizer, "path", None)
     return {
         "name": str(getattr(tokenizer, "name", type(tokenizer).__name__)),
-        "path": None if path is None else str(path),
+        "path": None,
+        "source": None if path is None else str(path),
         "vocab_size": int(getattr(tokenizer, "vocab_size", 0)),
         "fingerprint": str(fingerprint()),
     }
@@ -150,5 +162,6 @@ def _require_same_tokenizer(
 
 
 def _tokenizer_in_words(tokenizer: dict[str, Any]) -> str:
-    where = f" from {tokenizer['path']}" if tokenizer["path"] else ""
+    source = tokenizer.get("source") or tokenizer["path"]
+    where = f" from {source}" if source else ""
     return f"{tokenizer['name']}{where} (vocabulary {tokenizer['vocab_size']}, {str(tokenizer['fingerprint'])[:12]})"

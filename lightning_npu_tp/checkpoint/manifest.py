@@ -6,8 +6,9 @@ makes a checkpoint complete. Readable without torch and before anything else of 
 
 from __future__ import annotations
 
+import math
+import re
 import zipfile
-import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_npu_tp.checkpoint.files import PREVIOUS, crc32_of, in_place, left_beside, sealed_json, unsealed_json
+from lightning_npu_tp.checkpoint.regular_files import is_plain_name, read_small, regular_size
 from lightning_npu_tp.errors import CheckpointError
 
 FORMAT = 1
@@ -30,7 +32,8 @@ class Manifest:
 
     layout:    sizes of the axes data, tensor and expert of the run that saved.
     models:    path of a converted submodule -> {family, config, dtype, parameters}.
-    tokenizer: None, or {name, path, vocab_size, fingerprint}.
+    tokenizer: None, or {name, path, source, vocab_size, fingerprint}; path is "." where its files are beside the
+               manifest, and source where they were read.
     contents:  {weights: true, optimizers: number, ranks: number of rank_<r>.pt}.
     files:     name -> {bytes, crc32}.
     """
@@ -53,9 +56,68 @@ class Manifest:
 
     @classmethod
     def from_values(cls, values: dict[str, Any]) -> Manifest:
-        """A manifest of what `manifest.json` holds; unknown keys are dropped, so that later additions can be read."""
+        """A manifest of what `manifest.json` holds; unknown keys are dropped, so that later additions can be read.
+
+        Raises ValueError that names a field that is not what it has to be.
+        """
         known = {item.name for item in fields(cls)}
-        return cls(**{name: value for name, value in values.items() if name in known})
+        found = cls(**{name: value for name, value in values.items() if name in known})
+        for name, rule in _RULES.items():
+            if not rule(getattr(found, name)):
+                raise ValueError(f"its {name} cannot be what it says")
+        return found
+
+
+# Lightning counts steps and epochs in 64 bits; no cluster has a billion ranks.
+_MAX_NUMBER, _MAX_RANKS = 2**62, 10**9
+
+
+def _is_number(value: Any, least: int = 0, most: int = _MAX_NUMBER) -> bool:
+    return type(value) is int and least <= value <= most
+
+
+def _is_table(value: Any, entry: Callable[[Any], bool], key: Callable[[str], bool] = bool) -> bool:
+    """Whether it is a dict whose keys and values are what they have to be."""
+    return isinstance(value, dict) and all(key(name) and entry(item) for name, item in value.items())
+
+
+def _has(value: Any, rules: dict[str, Callable[[Any], bool]]) -> bool:
+    return isinstance(value, dict) and all(rule(value.get(name)) for name, rule in rules.items())
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and len(value) < 4096
+
+
+_MODEL: dict[str, Callable[[Any], bool]] = {
+    "family": _is_text,
+    "config": lambda value: isinstance(value, dict),
+    "dtype": _is_text,
+    "parameters": _is_number,
+}
+_TOKENIZER: dict[str, Callable[[Any], bool]] = {
+    "name": _is_text,
+    "path": lambda value: value is None or _is_text(value),
+    "source": lambda value: value is None or _is_text(value),
+    "vocab_size": _is_number,
+    "fingerprint": _is_text,
+}
+# What a stranger may have written, before anything relies on it.
+_RULES: dict[str, Callable[[Any], bool]] = {
+    "step": _is_number,
+    "epoch": _is_number,
+    "world": lambda value: _is_number(value, 1, _MAX_RANKS),
+    "layout": lambda value: _is_table(value, lambda size: _is_number(size, 1, _MAX_RANKS)),
+    "models": lambda value: _is_table(value, lambda model: _has(model, _MODEL), key=_is_text),
+    "tokenizer": lambda value: value is None or _has(value, _TOKENIZER),
+    "contents": lambda value: _is_table(value, lambda item: type(item) is bool or _is_number(item)),
+    "versions": lambda value: _is_table(value, _is_text),
+    "files": lambda value: _is_table(
+        value, lambda entry: _has(entry, {"bytes": _is_number, "crc32": _is_number}), key=is_plain_name
+    ),
+    "created": _is_text,
+    "format": lambda value: _is_number(value, 1),
+}
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -77,7 +139,7 @@ def parse_manifest(path: Path) -> Manifest:
     """The manifest of a folder whose other files are not looked at; raises CheckpointError as `read_manifest`."""
     file = path / MANIFEST_FILE
     try:
-        raw = file.read_bytes()
+        raw = read_small(file)
     except FileNotFoundError:
         what = "is incomplete" if path.is_dir() else "does not exist"
         raise CheckpointError(
@@ -85,23 +147,32 @@ def parse_manifest(path: Path) -> Manifest:
         ) from None
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error.strerror}.") from error
-    values = unsealed_json(raw)
+    try:
+        values = unsealed_json(raw)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} cannot be read: {type(error).__name__}: {error}. {WHAT_TO_DO}") from None
     if values is None:
         raise CheckpointError(f"{file} is damaged: its checksum is not that of its content. {WHAT_TO_DO}")
+    if not _is_number(values.get("format"), 1):
+        raise CheckpointError(f"{file} does not say its format. {WHAT_TO_DO}")
     if values["format"] > FORMAT:
+        versions = values.get("versions")
+        wrote = versions.get("lightning_npu_tp", "?") if isinstance(versions, dict) else "?"
         raise CheckpointError(
             f"The checkpoint {path} has format {values['format']}, and this version of lightning_npu_tp reads up to "
-            f"{FORMAT}. Use the version that wrote it ({values.get('versions', {}).get('lightning_npu_tp', '?')}) or a "
-            f"newer one."
+            f"{FORMAT}. Use the version that wrote it ({wrote}) or a newer one."
         )
-    return Manifest.from_values(values)
+    try:
+        return Manifest.from_values(values)
+    except ValueError as error:
+        raise CheckpointError(f"{file} is no manifest: {error}. {WHAT_TO_DO}") from None
 
 
 def _sizes(path: Path, manifest: Manifest) -> list[str]:
     problems = []
     for name, entry in manifest.files.items():
         try:
-            size = (path / name).stat().st_size
+            size = regular_size(path / name)
         except OSError as error:
             problems.append(f"{path / name} cannot be read ({error.strerror})")
             continue
@@ -125,7 +196,7 @@ def is_before_manifests(path: Path) -> bool:
 def incomplete(path: Path) -> str:
     """Why a checkpoint, folder or file, is not complete, or an empty text; looks at sizes, not at checksums."""
     if path.is_file():
-        return "; ".join(_check_file(path, checksums=False))
+        return archive_problem(path, checksums=False)
     if is_before_manifests(path):
         return ""
     try:
@@ -140,7 +211,20 @@ def problem(path: Path, *, checksums: bool) -> str:
     reason = incomplete(path)
     if not reason and checksums and not is_before_manifests(path):
         reason = "; ".join(verify(path))
+    if not reason and checksums and not path.is_file():
+        reason = _index_problem(path)
     return reason
+
+
+def _index_problem(path: Path) -> str:
+    # torch takes seconds to import, which a damaged checkpoint need not wait for.
+    from lightning_npu_tp.checkpoint.index import read_index
+
+    try:
+        read_index(path)
+    except CheckpointError as error:
+        return str(error)
+    return ""
 
 
 def verify(path: Path, files: Iterable[str] | None = None) -> list[str]:
@@ -150,7 +234,7 @@ def verify(path: Path, files: Iterable[str] | None = None) -> list[str]:
     files: the names to look at; all of the manifest by default. The manifest itself is always checked.
     """
     if path.is_file():
-        return _check_file(path, checksums=True)
+        return [found] if (found := archive_problem(path, checksums=True)) else []
     try:
         manifest = parse_manifest(path)
     except CheckpointError as error:
@@ -159,7 +243,8 @@ def verify(path: Path, files: Iterable[str] | None = None) -> list[str]:
     problems = []
     for name, entry in chosen.items():
         try:
-            size, checksum = (path / name).stat().st_size, crc32_of(path / name)
+            size = regular_size(path / name)
+            checksum = crc32_of(path / name) if size == entry["bytes"] else 0
         except OSError as error:
             problems.append(f"{path / name} cannot be read ({error.strerror})")
             continue
@@ -170,14 +255,34 @@ def verify(path: Path, files: Iterable[str] | None = None) -> list[str]:
     return problems
 
 
-def _check_file(path: Path, *, checksums: bool) -> list[str]:
-    """What is wrong with a file that torch.save wrote; its archive has a checksum for each entry, but its headers."""
+def archive_problem(path: Path, *, checksums: bool) -> str:
+    """What is wrong with a file that torch.save wrote, or an empty text.
+
+    Its archive has a checksum for each entry, but none for its headers. torch stores entries as they are: packed ones,
+    and such as lie over each other, could unpack to a thousand times the file.
+    """
     try:
+        size = regular_size(path, inside=False)
         with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+                return f"{path} is packed, which no checkpoint is"
+            if any(entry.file_size != entry.compress_size for entry in entries) or size < sum(
+                entry.file_size for entry in entries
+            ):
+                return f"{path} says that it holds more than its {size:,} bytes"
+            for entry in entries:
+                if entry.filename.endswith("data.pkl") and _ROOM_BY_NUMBER.search(archive.read(entry)):
+                    return f"{path} holds a bytearray, which could ask for any memory. Store bytes or a tensor instead"
             bad = archive.testzip() if checksums else None
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError) as error:
-        return [f"{path} is no whole checkpoint file ({error})"]
-    return [f"{path} has changed: {bad} does not have its checksum"] if bad else []
+    except Exception as error:
+        # Damaged archives raise all kinds of errors.
+        return f"{path} is no whole checkpoint file ({getattr(error, 'strerror', None) or error})"
+    return f"{path} has changed: {bad} does not have its checksum" if bad else ""
+
+
+# bytearray(10**11) is plain data to torch's weights-only loader.
+_ROOM_BY_NUMBER = re.compile(rb"(?:__builtin__|builtins)\nbytearray\n")
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
@@ -193,13 +298,32 @@ def checkpoints_in(folder: Path) -> list[Path]:
     return found + [in_place(folder / name) for name in sorted(aside)]
 
 
-def age_key(path: Path) -> tuple[float, int]:
-    """A key to sort checkpoints by, larger for newer ones: (when it was saved, in seconds, and its step)."""
+def age_key(path: Path) -> tuple[float, float]:
+    """A key to sort checkpoints by, larger for newer ones: (its step, when it was saved, in seconds).
+
+    Steps only grow within a run, and a clock may be set back. One that cannot be read comes last, as if it were the
+    newest: whoever looks for that is to hear of it.
+    """
     try:
+        changed = path.stat().st_mtime
+        if path.is_file() or is_before_manifests(path):
+            return _step_without_manifest(path), changed
         manifest = parse_manifest(path)
-        return datetime.fromisoformat(manifest.created).timestamp(), manifest.step
-    except (CheckpointError, ValueError):
-        return path.stat().st_mtime, 0
+        return manifest.step, datetime.fromisoformat(manifest.created).timestamp()
+    except CheckpointError:
+        return math.inf, changed
+    except (OSError, ValueError, OverflowError):
+        return math.inf, 0.0
+
+
+def _step_without_manifest(path: Path) -> float:
+    """The step of a file of plain Lightning or a folder from before manifests; -1 where it says none."""
+    # torch takes seconds to import, which a folder need not wait for.
+    from lightning_npu_tp.checkpoint.reader import read_object
+
+    step = read_object(path if path.is_file() else path / REST_FILE, True, mapped=True)
+    step = step.get("global_step") if isinstance(step, dict) else None
+    return step if _is_number(step) else -1
 
 
 def newest_complete(

@@ -1,8 +1,8 @@
 """Read a training checkpoint without running anything that is in it.
 
-torch's own reader unpickles the index freely, and its planner every entry that is no tensor. Here the index may name
-the few classes that an index is made of, and everything else goes through torch's weights-only loader. Before that the
-ranks verify the files' checksums, each its share.
+torch's own reader unpickles the index freely, and its planner every entry that is no tensor. Here the index is read as
+data (index.py), and everything else goes through torch's weights-only loader, out of archives that hold no more than
+their file. Before that the ranks verify the files' checksums, each its share.
 """
 
 from __future__ import annotations
@@ -28,38 +28,21 @@ from torch.distributed.checkpoint.planner import ReadItem
 from typing_extensions import override
 
 from lightning_npu_tp.checkpoint.files import in_place
+from lightning_npu_tp.checkpoint.index import read_index as read_index
 from lightning_npu_tp.checkpoint.manifest import (
     DCP_FILE,
     MANIFEST_FILE,
     REST_FILE,
     WHAT_TO_DO,
     Manifest,
+    archive_problem,
     is_before_manifests,
     read_manifest,
     verify,
 )
 from lightning_npu_tp.checkpoint.peers import PeerFailure, Peers
+from lightning_npu_tp.checkpoint.regular_files import open_regular
 from lightning_npu_tp.errors import CheckpointError
-
-_INDEX_MODULES = {
-    "torch.distributed.checkpoint.metadata": {
-        "BytesStorageMetadata",
-        "ChunkStorageMetadata",
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "TensorProperties",
-        "TensorStorageMetadata",
-        "_MEM_FORMAT_ENCODING",
-    },
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-    "torch": {"Size"},
-    "torch.serialization": {"_get_layout"},
-    "collections": {"OrderedDict"},
-    # Folders written before manifests store where they were.
-    "pathlib": {"PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"},
-    "pathlib._local": {"PosixPath", "WindowsPath"},
-}
 
 
 def open_checkpoint(path: Path, peers: Peers, *, checksums: bool) -> tuple[Path, Manifest | None]:
@@ -118,10 +101,16 @@ def _require_none(path: Path, problems: list[list[str]]) -> None:
         raise CheckpointError(f"The checkpoint {path} is damaged: {'; '.join(found)}. {WHAT_TO_DO}")
 
 
-def read_object(path: Path, weights_only: bool | None) -> Any:
-    """A file that torch.save wrote, on the CPU; plain data only unless weights_only is False."""
+def read_object(path: Path, weights_only: bool | None, *, mapped: bool = False) -> Any:
+    """A file that torch.save wrote, on the CPU; plain data only unless weights_only is False.
+
+    mapped: its tensors stay in the file.
+    """
+    if weights_only is not False and (problem := archive_problem(path, checksums=False)):
+        raise CheckpointError(f"{problem}. {WHAT_TO_DO}")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True if weights_only is None else weights_only)
+        plain = True if weights_only is None else weights_only
+        return torch.load(path, map_location="cpu", weights_only=plain, mmap=mapped)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
         what = f" ({found[1]})" if found else ""
@@ -130,46 +119,17 @@ def read_object(path: Path, weights_only: bool | None) -> Any:
             f"plain containers in the hyper-parameters; for a file that you trust, set "
             f"strategy.checkpoint_weights_only=false."
         ) from error
-    except (OSError, RuntimeError, EOFError, KeyError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}. {WHAT_TO_DO}") from error
+    except Exception as error:
+        # Damaged pickles raise all kinds of errors.
+        raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {error}. {WHAT_TO_DO}") from error
 
 
 def read_rest(path: Path, weights_only: bool | None) -> dict[str, Any]:
     """What a checkpoint folder holds besides tensors: its meta.pt."""
-    return read_object(path / REST_FILE, weights_only)
-
-
-def read_index(path: Path) -> Metadata:
-    """The index of a folder's tensors. Raises CheckpointError if it names anything that an index is not made of."""
-    file = path / DCP_FILE
-    try:
-        with open(file, "rb") as stream:
-            metadata = _IndexUnpickler(stream).load()
-    except CheckpointError as error:
-        raise CheckpointError(f"{file} {error}") from None
-    except Exception as error:
-        # Damaged pickles raise all kinds of errors.
-        raise CheckpointError(f"{file} cannot be read: {type(error).__name__}: {error}. {WHAT_TO_DO}") from error
-    if not isinstance(metadata, Metadata):
-        raise CheckpointError(f"{file} holds {type(metadata).__name__} instead of an index. {WHAT_TO_DO}")
-    return metadata
-
-
-class _IndexUnpickler(pickle.Unpickler):
-    """Makes no object but those that an index is made of."""
-
-    @override
-    def find_class(self, module: str, name: str) -> Any:
-        if name in _INDEX_MODULES.get(module, ()) or (module == "torch" and _is_dtype(name)):
-            return super().find_class(module, name)
-        raise CheckpointError(
-            f"names {module}.{name}, which no index of tensors holds; loading it could run code. Do not use this "
-            f"checkpoint unless you know who wrote it."
-        )
-
-
-def _is_dtype(name: str) -> bool:
-    return isinstance(getattr(torch, name, None), torch.dtype)
+    rest = read_object(path / REST_FILE, weights_only)
+    if not isinstance(rest, dict):
+        raise CheckpointError(f"{path / REST_FILE} holds no state of a run, but {type(rest).__name__}. {WHAT_TO_DO}")
+    return rest
 
 
 def load_tensors(tensors: dict[str, Any], path: Path, metadata: Metadata, peers: Peers) -> None:
@@ -197,7 +157,7 @@ class _NamingFileSystem(FileSystem):
     def create_stream(self, path: str | os.PathLike, mode: str) -> Generator[io.IOBase]:
         assert mode == "rb", "a reader writes nothing"
         try:
-            with open(path, mode) as stream:
+            with open_regular(Path(path)) as stream:
                 yield cast(io.IOBase, stream)
         except pickle.UnpicklingError as error:
             raise CheckpointError(
@@ -222,9 +182,6 @@ class _Reader(dcp.FileSystemReader):
         if self._metadata.storage_meta is None:
             self._metadata.storage_meta = StorageMeta()
         self._metadata.storage_meta.load_id = self.load_id
-        for info in self._metadata.storage_data.values():
-            if Path(info.relative_path).name != info.relative_path:
-                raise CheckpointError(f"{self.path}/{DCP_FILE} points outside of the checkpoint: {info.relative_path}")
         return self._metadata
 
 

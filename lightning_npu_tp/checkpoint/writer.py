@@ -11,7 +11,7 @@ from __future__ import annotations
 import io
 import os
 import shutil
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial as bind
 from pathlib import Path
@@ -45,6 +45,7 @@ from lightning_npu_tp.errors import CheckpointError
 
 # What torch.save and the index add to a tensor's own bytes.
 _BYTES_PER_ENTRY = 2048
+NOTHING_MORE: Mapping[str, bytes] = {}
 
 
 def rank_file(rank: int) -> str:
@@ -67,7 +68,13 @@ def bytes_needed(state: Any) -> int:
 
 
 def save_folder(
-    tensors: dict[str, Any], rest: bytes, rank_state: bytes, path: Path, manifest: Manifest, peers: Peers
+    tensors: dict[str, Any],
+    rest: bytes,
+    rank_state: bytes,
+    path: Path,
+    manifest: Manifest,
+    peers: Peers,
+    more: Mapping[str, bytes] = NOTHING_MORE,
 ) -> None:
     """Write a sharded checkpoint; every rank calls it.
 
@@ -75,11 +82,13 @@ def save_folder(
     rest:       serialized; rank 0's is written.
     rank_state: serialized; every rank's is written.
     manifest:   without files; rank 0's is written.
+    more:       further files by name; rank 0's are written.
     Raises the same CheckpointError on every rank.
     """
-    needed = bytes_needed(tensors) + len(rest) + peers.world * len(rank_state)
+    whole = {REST_FILE: rest, **more}
+    needed = bytes_needed(tensors) + sum(map(len, whole.values())) + peers.world * len(rank_state)
     with _making(path, needed, peers) as partial:
-        parts = peers.each(bind(_write_part, tensors, rest, rank_state, partial, peers))
+        parts = peers.each(bind(_write_part, tensors, whole, rank_state, partial, peers))
         if None in parts:
             # Unheard of: torch says that a rank failed, and that rank does not know of it.
             raise PeerFailure({parts.index(None): "its part could not be written"})
@@ -163,7 +172,7 @@ def clear_leftovers(folder: Path, *, mine: str = "") -> None:
 
 
 def _write_part(
-    tensors: dict[str, Any], rest: bytes, rank_state: bytes, partial: Path, peers: Peers
+    tensors: dict[str, Any], whole: Mapping[str, bytes], rank_state: bytes, partial: Path, peers: Peers
 ) -> dict[str, Any] | None:
     """This rank's files; None if only others failed."""
     written = Written()
@@ -182,7 +191,7 @@ def _write_part(
         if not isinstance(cause, Exception):
             raise cause from None
         raise (written.failure or cause) from None
-    contents = {rank_file(peers.rank): rank_state} | ({REST_FILE: rest} if peers.is_main else {})
+    contents = {rank_file(peers.rank): rank_state, **(whole if peers.is_main else {})}
     for name, content in contents.items():
         with written.open(partial / name) as stream:
             stream.write(content)

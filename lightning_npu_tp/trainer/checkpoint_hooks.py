@@ -155,7 +155,8 @@ class CheckpointHooks(ParallelStrategy):
             }
         tensors, rest = training_state.split(checkpoint)
         content = writer.serialized(rest) if self.is_global_zero else b""
-        return partial(writer.save_folder, tensors, content, writer.serialized(own), path, manifest, peers)
+        more = identity.tokenizer_contents(manifest) if self.is_global_zero else {}
+        return partial(writer.save_folder, tensors, content, writer.serialized(own), path, manifest, peers, more)
 
     def _require_card(self, path: Path) -> None:
         """Raise CheckpointError on every rank if some card no longer gets its work: what it gave is not what it has."""

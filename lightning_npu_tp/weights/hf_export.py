@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,8 +21,10 @@ from safetensors import SafetensorError
 
 from lightning_npu_tp.checkpoint.files import PARTIAL, beside, delete, fsync_file, fsync_folder, in_place, left_beside
 from lightning_npu_tp.checkpoint.locks import hold
+from lightning_npu_tp.checkpoint.manifest import Manifest
 from lightning_npu_tp.checkpoint.peers import Peers
 from lightning_npu_tp.checkpoint.reader import open_checkpoint, read_rest
+from lightning_npu_tp.checkpoint.tokenizer_files import GENERATION_FILE, HERE, TOKENIZER_FILES
 from lightning_npu_tp.errors import CheckpointError, ConfigError
 from lightning_npu_tp.models.families.family import ModelFamily
 from lightning_npu_tp.weights.hf_compare import compare_files, compare_reloaded, too_large_to_reload
@@ -30,11 +32,12 @@ from lightning_npu_tp.weights.hf_folder import Outline, outline, tokenizer_files
 from lightning_npu_tp.weights.row_runs import file_rows
 from lightning_npu_tp.weights.safetensors_shards import Shards
 from lightning_npu_tp.weights.sources import FileSource, FolderSource, TensorSource
-from lightning_npu_tp.weights.tokenizer_check import compare_tokenizers
+from lightning_npu_tp.weights.tokenizer_check import compare_tokenizers, loading_problem
 
 MAX_SHARD_BYTES = 5 * 10**9
 # Headers, index, config, generation config: what the folder needs besides weights and tokenizer, generously.
 _SIDE_BYTES = 16 * 2**20
+_MAX_LABELS = 100_000
 DTYPES = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32", "float64")}
 
 
@@ -76,7 +79,7 @@ def export_checkpoint(
     """Export a training checkpoint: a folder of any layout, or a file of plain Lightning.
 
     dtype:     of the parameters; None keeps theirs. Buffers stay at least float32.
-    tokenizer: folder or tokenizer.json; None takes the one that the manifest names.
+    tokenizer: folder or tokenizer.json; None takes the one that the checkpoint carries.
     config:    transformers config; None takes the manifest's, or the hyper-parameters'.
     model:     path of the model inside the LightningModule, where it holds several.
     verify:    checksums of the checkpoint before, comparisons after.
@@ -95,13 +98,12 @@ def export_checkpoint(
         if manifest is not None and manifest.models:
             name, about = _choose(manifest.models, model)
             prefix = f"{name}." if name else ""
-            config = _config_from(about["config"]) if config is None else config
+            config = _config_from(about["config"], source.shapes) if config is None else config
         if config is None:
             rest = source.rest if isinstance(source, FileSource) else read_rest(where, True)
-            config = _config_of_hyperparameters(rest, path)
+            config = _config_of_hyperparameters(rest, path, source.shapes)
         if with_tokenizer and tokenizer is None:
-            known = None if manifest is None else manifest.tokenizer
-            tokenizer = _known_tokenizer(known, notes)
+            tokenizer = _known_tokenizer(where, manifest, notes)
         plan = outline(config, source.shapes, prefix=prefix, families=families)
         return export_source(
             source,
@@ -236,16 +238,33 @@ def _choose(models: dict[str, dict[str, Any]], asked: str | None) -> tuple[str, 
     return asked, models[asked]
 
 
-def _config_from(values: dict[str, Any]) -> Any:
+def _config_from(values: dict[str, Any], stored: Collection[str]) -> Any:
+    """A transformers config of what a checkpoint says.
+
+    stored: names of its tensors, of which each layer has one: a config of more layers would take for ever to build.
+    """
     from transformers import CONFIG_MAPPING
 
-    name = str(values.get("model_type"))
+    name = str(values.get("model_type"))[:100]
     if name not in CONFIG_MAPPING:
         raise ConfigError(f"The model type {name!r} is not known to the installed transformers.")
-    return CONFIG_MAPPING[name].from_dict(values)
+    for key, most in (("num_hidden_layers", len(stored)), ("num_labels", _MAX_LABELS)):
+        if key in values and not (type(values[key]) is int and 0 <= values[key] <= most):
+            raise CheckpointError(
+                f"The checkpoint's config says a {key} that its {len(stored)} tensors cannot have. Give the config "
+                f"that it was trained with, with --config."
+            )
+    try:
+        return CONFIG_MAPPING[name].from_dict(values)
+    except Exception as error:
+        # transformers' own checks of a config's fields are of many kinds.
+        raise CheckpointError(
+            f"The checkpoint's config is none of {name}: {type(error).__name__}: {str(error)[:500]}. Give the config "
+            f"that it was trained with, with --config."
+        ) from error
 
 
-def _config_of_hyperparameters(rest: dict[str, Any], path: Path) -> Any:
+def _config_of_hyperparameters(rest: dict[str, Any], path: Path, stored: Collection[str]) -> Any:
     """LitCausalLM's hyper-parameters: architecture and config."""
     from transformers import CONFIG_MAPPING
 
@@ -256,22 +275,37 @@ def _config_of_hyperparameters(rest: dict[str, Any], path: Path) -> Any:
             f"{path} does not say what its model's config is: it has no manifest, and no hyper-parameters architecture "
             f"and config. Give it with --config FOLDER_OR_FILE."
         )
-    return CONFIG_MAPPING[architecture].from_dict(json.loads(json.dumps(config)))
+    return _config_from(json.loads(json.dumps(config)) | {"model_type": architecture}, stored)
 
 
-def _known_tokenizer(known: dict[str, Any] | None, notes: list[str]) -> Path | None:
-    if known is None:
+def _known_tokenizer(where: Path, manifest: Manifest | None, notes: list[str]) -> Path | None:
+    """The folder of the tokenizer that a checkpoint carries; None, with a note, where it has none.
+
+    Raises ConfigError for one that lies outside of it, which only its reader may point to, and for files that are no
+    tokenizer.
+    """
+    known = None if manifest is None else manifest.tokenizer
+    if manifest is None or known is None:
         notes.append(
             "No tokenizer files: the checkpoint does not say which tokenizer it was trained with (--tokenizer)."
         )
         return None
-    if known["path"] is None:
+    source = known.get("source") or known["path"]
+    if known["path"] is None and source is None:
         notes.append(f"No tokenizer files: the model was trained with the tokenizer {known['name']}, which has none.")
         return None
-    path = Path(known["path"])
-    if not path.exists():
+    if known["path"] != HERE:
         raise ConfigError(
-            f"The tokenizer {path}, with which the checkpoint was trained, is not there. Give it with --tokenizer, or "
+            f"The checkpoint {where} was trained with the tokenizer {source} and does not carry its files; what lies "
+            f"outside of a checkpoint is not read for it. If that is a tokenizer that you trust, give it with "
+            f"--tokenizer, or --tokenizer none to export without one."
+        )
+    for file in (where / name for name in (*TOKENIZER_FILES, GENERATION_FILE)):
+        if os.path.lexists(file) and file.name not in manifest.files:
+            raise CheckpointError(f"{file} is not in the checkpoint's manifest: somebody has put it there. Remove it.")
+    if problem := loading_problem(where):
+        raise ConfigError(
+            f"The tokenizer in the checkpoint {where} does not load: {problem}. Give one with --tokenizer, or "
             f"--tokenizer none to export without one."
         )
-    return path
+    return where

@@ -7,7 +7,6 @@ tensors that its class saves, which of them are tied, its generation config.
 from __future__ import annotations
 
 import copy
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,26 +16,11 @@ from typing import Any
 import torch
 
 from lightning_npu_tp.checkpoint.identity import misfits
+from lightning_npu_tp.checkpoint.tokenizer_files import GENERATION_FILE, TOKENIZER_FILES, model_type, tokenizer_files
 from lightning_npu_tp.errors import CheckpointError, ConfigError
 from lightning_npu_tp.models.families.family import ModelFamily
 from lightning_npu_tp.models.families.registry import FAMILIES
 from lightning_npu_tp.models.file_names import Piece, all_pieces
-
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "tokenizer.model",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "tiktoken.model",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 
 
 @dataclass(frozen=True)
@@ -119,24 +103,6 @@ def _prefix(available: Mapping[str, Any], first: str) -> str:
     return found[0]
 
 
-def tokenizer_files(path: Path) -> list[Path]:
-    """A tokenizer's files: of a folder, or of the folder of a tokenizer.json.
-
-    Raises ConfigError where there are none.
-    """
-    folder = path.parent if path.is_file() else path
-    found = [folder / name for name in _TOKENIZER_FILES if (folder / name).is_file()]
-    if path.is_file() and path not in found:
-        # A tokenizer.json under another name: nothing beside it is known to belong to it.
-        found = [path]
-    if not found:
-        raise ConfigError(
-            f"The tokenizer {path} does not exist or holds no tokenizer files. Give the folder that holds "
-            f"tokenizer.json, with --tokenizer, or --tokenizer none to export without one."
-        )
-    return found
-
-
 def write_side_files(folder: Path, plan: Outline, dtype: torch.dtype, tokenizer: Path | None) -> None:
     """Write config.json, generation_config.json and the tokenizer's files into `folder`."""
     config = copy.deepcopy(plan.config)
@@ -148,15 +114,13 @@ def write_side_files(folder: Path, plan: Outline, dtype: torch.dtype, tokenizer:
     if tokenizer is None:
         return
     for file in tokenizer_files(tokenizer):
-        shutil.copyfile(file, folder / (file.name if file.name in _TOKENIZER_FILES else "tokenizer.json"))
-    beside = tokenizer / "generation_config.json"
-    if tokenizer.is_dir() and beside.is_file() and _model_type(tokenizer) == config.model_type:
+        shutil.copyfile(file, folder / (file.name if file.name in TOKENIZER_FILES else "tokenizer.json"))
+    beside = tokenizer / GENERATION_FILE
+    if tokenizer.is_dir() and beside.is_file() and _is_of_this_model(tokenizer, config.model_type):
         # The folder that the model came from: its authors' settings are better than what the config says.
         shutil.copyfile(beside, folder / beside.name)
 
 
-def _model_type(folder: Path) -> str | None:
-    try:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-    except (OSError, ValueError):
-        return None
+def _is_of_this_model(tokenizer: Path, own: str) -> bool:
+    # A checkpoint has taken the file over for this model, and has no config.json.
+    return not (tokenizer / "config.json").exists() or model_type(tokenizer) == own

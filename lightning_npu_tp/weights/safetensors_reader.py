@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_npu_tp.checkpoint.regular_files import is_plain_name, open_regular, read_small
 from lightning_npu_tp.errors import CheckpointError
 
 SINGLE_FILE = "model.safetensors"
@@ -39,6 +40,9 @@ _DTYPES = {
 _LENGTH_BYTES = 8
 # What the format allows; a larger number is no header length.
 _MAX_HEADER = 100_000_000
+# torch's own limits; the product of forty thousand sizes takes seconds to work out.
+_MAX_DIMS, _MAX_SIZE = 64, 2**63 - 1
+_MAX_SHOWN = 300
 _OTHER_KINDS = (".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 _AGAIN = "Download it again: `lightning-npu-tp download` resumes and verifies."
 
@@ -119,17 +123,22 @@ def _why_nothing(folder: Path) -> str:
 
 def _read_index(index: Path) -> dict[str, StoredTensor]:
     try:
-        where = json.loads(index.read_bytes(), object_pairs_hook=_no_duplicates)["weight_map"]
-        names = sorted({str(name) for name in where.values()})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        where = json.loads(read_small(index, inside=False), object_pairs_hook=_no_duplicates)["weight_map"]
+        if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
+            raise TypeError("its weight_map does not give the file of each tensor")
+        names = sorted(set(where.values()))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
-            f"{index} is damaged or no index of safetensors files ({error!r}): it needs a weight_map. {_AGAIN}"
+            f"{index} is damaged or no index of safetensors files ({_short(repr(error))}): it needs a weight_map. "
+            f"{_AGAIN}"
         ) from error
+    except OSError as error:
+        raise CheckpointError(f"{index} cannot be read: {error.strerror}. Check the file.") from error
     found: dict[str, StoredTensor] = {}
     for name in names:
         file = index.parent / name
-        if Path(name).name != name:
-            raise CheckpointError(f"{index} names {name!r}, which lies outside of the folder. {_AGAIN}")
+        if not is_plain_name(name):
+            raise CheckpointError(f"{index} names {_short(repr(name))}, which lies outside of the folder. {_AGAIN}")
         if not _is_there(file):
             raise CheckpointError(f"{index} names the file {name}, which is missing. {_AGAIN}")
         for key, tensor in read_header(file).items():
@@ -147,8 +156,8 @@ def _read_index(index: Path) -> dict[str, StoredTensor]:
 def read_header(file: Path) -> dict[str, StoredTensor]:
     """The tensors of one safetensors file. Raises CheckpointError, naming the file, unless it is whole."""
     try:
-        size = file.stat().st_size
-        with open(file, "rb") as stream:
+        with open_regular(file, inside=False) as stream:
+            size = os.fstat(stream.fileno()).st_size
             first = stream.read(_LENGTH_BYTES)
             length = int.from_bytes(first, "little")
             if first == b"version ":
@@ -158,23 +167,29 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
             if len(first) < _LENGTH_BYTES or length > min(_MAX_HEADER, size - _LENGTH_BYTES):
                 raise _damaged(file, f"it has {size} bytes and its header should have {length}")
             header = json.loads(stream.read(length), object_pairs_hook=_no_duplicates)
+        if not isinstance(header, dict):
+            raise ValueError("it is no table of tensors")
         header.pop("__metadata__", None)
         entries = [_entry(name, value) for name, value in header.items()]
     except OSError as error:
         raise CheckpointError(
             f"{file} cannot be read: {error.strerror}. Check the file and its permissions."
         ) from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _damaged(file, f"its header cannot be understood ({error})") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise _damaged(file, f"its header cannot be understood ({_short(str(error))})") from error
     return _checked(file, entries, _LENGTH_BYTES + length, size)
 
 
 def _entry(name: str, value: dict[str, Any]) -> tuple[str, str, list[int], int, int]:
     """One tensor of a header; ValueError and the like for what is none."""
     dtype, shape, (start, stop) = value["dtype"], value["shape"], value["data_offsets"]
+    if not isinstance(shape, list) or len(shape) > _MAX_DIMS:
+        raise ValueError(f"{_short(name)} is given a shape of more than {_MAX_DIMS} sizes, or none")
     numbers = [*shape, start, stop]
-    if not isinstance(dtype, str) or not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in numbers):
-        raise ValueError(f"{name} is given dtype {dtype} and shape {shape} at {start} to {stop}")
+    if not isinstance(dtype, str) or not all(type(n) is int and 0 <= n <= _MAX_SIZE for n in numbers):
+        raise ValueError(
+            f"{_short(name)} is given dtype {_short(str(dtype))} and shape {_short(str(shape))} at {start} to {stop}"
+        )
     return name, dtype, shape, start, stop
 
 
@@ -187,14 +202,14 @@ def _checked(
     for name, dtype, shape, start, stop in sorted(entries, key=lambda entry: (entry[3], entry[4])):
         if dtype not in _DTYPES:
             raise CheckpointError(
-                f"{name} in {file} has the dtype {dtype}, which cannot be trained: the model is quantised, or of a "
-                f"kind that this package does not know. Take its unquantised weights, or convert it to bfloat16 first."
+                f"{_short(name)} in {file} has the dtype {_short(dtype)}, which cannot be trained: the model is quantised, or "
+                f"of a kind that this package does not know. Take its unquantised weights, or convert it to bfloat16 first."
             )
         tensor = StoredTensor(file, _DTYPES[dtype], tuple(shape), data + start)
         if start != position or stop - start != tensor.nbytes:
             raise _damaged(
                 file,
-                f"its header places {name} ({dtype} {shape}, {tensor.nbytes} bytes) at {start} to {stop}, "
+                f"its header places {_short(name)} ({dtype} {shape}, {tensor.nbytes} bytes) at {start} to {stop}, "
                 f"where {position} to {position + tensor.nbytes} is due",
             )
         tensors[name] = tensor
@@ -207,6 +222,11 @@ def _checked(
 
 def _damaged(file: Path, why: str) -> CheckpointError:
     return CheckpointError(f"{file} is damaged: {why}. {_AGAIN}")
+
+
+def _short(text: str) -> str:
+    """Text of a stranger's file as an error can show it."""
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}…"
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -37,6 +37,19 @@ def compare_tokenizers(source: Path, folder: Path) -> tuple[str, bool]:
     return f"The tokenizer {source} does not load, so its copy was not compared: {'; '.join(problems)}", True
 
 
+def loading_problem(path: Path) -> str:
+    """Why the tokenizer of a folder does not load and encode a text, or an empty text."""
+    problems = []
+    for load in (_with_transformers, _with_tokenizers):
+        try:
+            load(path)(PROBE)
+        except Exception as error:  # whatever a user would meet
+            problems.append(_first_line(error))
+            continue
+        return ""
+    return "; ".join(problems)
+
+
 def _with_transformers(path: Path) -> Encode:
     if path.is_file():
         raise ValueError(f"{path.name} is no folder")

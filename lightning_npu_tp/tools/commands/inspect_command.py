@@ -190,7 +190,8 @@ def describe(finding: Finding) -> Table:
             )
         tokenizer = manifest.tokenizer
         if tokenizer is not None:
-            where = f" from {tokenizer['path']}" if tokenizer["path"] else ""
+            source = tokenizer.get("source") or tokenizer["path"]
+            where = f" from {source}" if source else ""
             table.add_row(
                 "tokenizer",
                 f"{tokenizer['name']}{where}, vocabulary {tokenizer['vocab_size']}, {tokenizer['fingerprint'][:12]}",
