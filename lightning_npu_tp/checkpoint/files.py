@@ -13,7 +13,7 @@ import re
 import shutil
 import uuid
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -179,10 +179,11 @@ def remove_whole(path: Path) -> None:
     delete(doomed)
 
 
-def replace_whole(new: Path, path: Path) -> None:
+def replace_whole(new: Path, path: Path, *, is_read: Callable[[], bool] = lambda: False) -> None:
     """Give the complete checkpoint `new` the name `path`; one that has it now is deleted after that.
 
     Between the two renames the old one is at `in_place(path)`.
+    is_read: whether somebody still reads the old one, who will delete it.
     """
     aside = None
     if os.path.lexists(path):
@@ -195,7 +196,7 @@ def replace_whole(new: Path, path: Path) -> None:
             os.rename(aside, path)
         raise
     fsync_folder(path.parent)
-    if aside is not None:
+    if aside is not None and not is_read():
         delete(aside)
 
 

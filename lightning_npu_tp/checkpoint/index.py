@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from lightning_npu_tp.checkpoint.manifest import DCP_FILE, WHAT_TO_DO
+from lightning_npu_tp.checkpoint.manifest import DCP_FILE, MAX_INDEX_BYTES, WHAT_TO_DO
 from lightning_npu_tp.checkpoint.regular_files import is_plain_name, read_small, regular_size
 from lightning_npu_tp.errors import CheckpointError
 
@@ -57,7 +57,8 @@ _NAMES = {
     *(f"pathlib.{pure}{kind}Path" for pure in ("", "Pure") for kind in ("Posix", "Windows")),
     *(f"pathlib._local.{kind}Path" for kind in ("Posix", "Windows")),
 }
-_MAX_BYTES = 1 << 30
+# At least, for a record with its offsets and sizes.
+_BYTES_PER_SHARD = 16
 # torch's own limit.
 _MAX_DIMS = 64
 _MAX_NUMBER = 2**63 - 1
@@ -93,7 +94,7 @@ def read_index(path: Path) -> Metadata:
     """
     file = path / DCP_FILE
     try:
-        content = read_small(file, _MAX_BYTES)
+        content = read_small(file, MAX_INDEX_BYTES)
         metadata = _metadata(_records(content), len(content))
         _require_whole(path, metadata)
     except CheckpointError:
@@ -217,7 +218,7 @@ def _metadata(value: Any, num_bytes: int) -> Metadata:
     fields = _state(value, "Metadata")
     tensors: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
     # One list may stand in for the shards of many tensors: what is made of it must not outgrow the file.
-    left = num_bytes
+    left = num_bytes // _BYTES_PER_SHARD
     for name, value in _of(dict, fields.get("state_dict_metadata")).items():
         entry = tensors[_text(name)] = _entry(name, value, left)
         left -= len(entry.chunks) if isinstance(entry, TensorStorageMetadata) else 0

@@ -1,4 +1,7 @@
-"""One process at a time works on a checkpoint, a cache, a download: `.NAME.lock` beside it says host, process, purpose.
+"""One process at a time writes a checkpoint, a cache, a download: `.NAME.lock` beside it says host, process, purpose.
+
+Readers stop nobody: each has a `.NAME.reading-….lock` of its own, and what it reads is not deleted meanwhile, also when
+a writer gives the name to another checkpoint.
 
 A lock whose process is gone is stale and taken over. Of another host's process only signs of life can be seen: the
 holder touches the file every few seconds, and a lock that was not touched for STALE_AFTER_S is stale as well, so that
@@ -8,20 +11,27 @@ a job that was killed on one host and goes on at another does not wait for ever.
 from __future__ import annotations
 
 import fcntl
+import glob
 import json
 import os
 import socket
+import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import psutil
 
-from lightning_npu_tp.errors import CheckpointError
+from lightning_npu_tp.checkpoint.files import PREVIOUS, delete
+from lightning_npu_tp.errors import CheckpointError, LightningNPUTPError
 
+_READING = "reading-"
+# At a lock without content, 0.01 s each.
+_LOOKS = 50
 TOUCH_EVERY_S = 10.0
 STALE_AFTER_S = 120.0
 
@@ -60,12 +70,9 @@ def holder_of(path: Path) -> Holder | None:
     """The live process that holds the checkpoint, cache or download `path`, if any."""
     file = lock_file(path)
     try:
-        holder = Holder(**json.loads(file.read_text()))
+        holder = _holder_in(file)
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError):
-        # Cut off while it was written, or of another program: it counts for as long as it is fresh.
-        holder = Holder("unknown", 0, 0.0, "working")
     try:
         silent_s = _now(file.parent) - file.stat().st_mtime
     except FileNotFoundError:
@@ -73,16 +80,93 @@ def holder_of(path: Path) -> Holder | None:
     return holder if holder.alive(silent_s) else None
 
 
+def _holder_in(file: Path) -> Holder:
+    """Who a lock names. Raises FileNotFoundError where there is none."""
+    for _ in range(_LOOKS):
+        try:
+            holder = Holder(**json.loads(file.read_text()))
+        except (ValueError, TypeError):
+            # Its owner has just made it and is about to write into it.
+            time.sleep(0.01)
+            continue
+        if isinstance(holder.pid, int) and isinstance(holder.started, int | float) and holder.pid > 0:
+            return holder
+        break
+    # Cut off while it was written, or of another program: it counts for as long as it is fresh.
+    return Holder("unknown", 0, 0.0, "working")
+
+
+def reader_of(path: Path) -> Holder | None:
+    """A live process that reads the checkpoint `path`, if any does."""
+    for file in path.parent.glob(f".{glob.escape(path.name)}.{_READING}*.lock"):
+        if (holder := holder_of(path.with_name(file.name[1 : -len(".lock")]))) is not None:
+            return holder
+    return None
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[Path]:
+    """Read a checkpoint that may be replaced or removed meanwhile: yields a path at which it stays to the end.
+
+    Errors of this package say the checkpoint's own path. Where its folder cannot be written there is no lock, and a
+    checkpoint that is removed is an error of whoever reads it.
+    """
+    with ExitStack() as stack:
+        if os.access(path.parent, os.W_OK) and path.exists():
+            stack.enter_context(hold(path, "reading"))
+        try:
+            # A name leads to another checkpoint once it is replaced, an open folder does not.
+            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError:
+            yield path
+            return
+        stack.callback(os.close, descriptor)
+        pinned = Path(f"/proc/self/fd/{descriptor}")
+        if not pinned.exists():
+            yield path
+            return
+        try:
+            yield pinned
+        except LightningNPUTPError as error:
+            raise type(error)(str(error).replace(str(pinned), str(path))) from error
+
+
+def patience(path: Path, purpose: str) -> Callable[[Holder], None]:
+    """For `hold(waiting=…)`: waits for a process of another host until its lock must have expired, then refuses.
+
+    A process of this host is seen to live: it is refused at once.
+    """
+    begun = time.monotonic()
+    told = False
+
+    def wait(holder: Holder) -> None:
+        nonlocal told
+        if holder.host == socket.gethostname() or time.monotonic() - begun > STALE_AFTER_S + 2 * TOUCH_EVERY_S:
+            raise CheckpointError(_in_use(path, lock_file(path), holder, purpose))
+        if not told:
+            told = True
+            print(
+                f"{path}: process {holder.pid} of {holder.host} is {holder.purpose} it, or was ended there. Waiting "
+                f"{STALE_AFTER_S:.0f} s for a sign of life.",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    return wait
+
+
 @contextmanager
 def hold(path: Path, purpose: str, *, waiting: Callable[[Holder], object] | None = None) -> Iterator[None]:
-    """Hold the checkpoint or cache `path` (it need not exist yet) against others that save, read or remove it.
+    """Hold the checkpoint or cache `path` (it need not exist yet) against others that write or remove it.
 
-    purpose: "saving", "reading", "building" or "downloading". Of a link, a reader holds the target, a writer the
-             link, which it replaces.
+    purpose: "saving", "reading", "building", "downloading" or "training". Of a link, a reader holds the target, a
+             writer the link, which it replaces. Readers hold it against removal alone, any number at once.
     waiting: is called again and again while another live process holds it; None does not wait.
     Raises CheckpointError naming host and process if a live one holds it, unless it waits.
     """
-    path = path.resolve() if purpose == "reading" else path
+    if purpose == "reading":
+        target = path.resolve()
+        path = target.with_name(f"{target.name}.{_READING}{uuid.uuid4().hex[:12]}")
     file = lock_file(path)
     content = json.dumps(asdict(Holder.me(purpose)))
     while (holder := _take(file, content, path)) is not None:
@@ -99,6 +183,16 @@ def hold(path: Path, purpose: str, *, waiting: Callable[[Holder], object] | None
         done.set()
         touching.join()
         file.unlink(missing_ok=True)
+        if purpose == "reading":
+            _clear_replaced(target)
+
+
+def _clear_replaced(path: Path) -> None:
+    """The last reader removes what was left for it: a checkpoint that another one has taken the name of."""
+    with suppress(OSError):
+        if path.exists() and holder_of(path) is None and reader_of(path) is None:
+            for left in path.parent.glob(f".{glob.escape(path.name)}.{PREVIOUS}-*"):
+                delete(left)
 
 
 def _take(file: Path, content: str, path: Path) -> Holder | None:
@@ -139,7 +233,7 @@ def _in_use(path: Path, file: Path, holder: Holder, purpose: str) -> str:
         else f"Wait until it is done; if it no longer runs, remove {file}, or wait {STALE_AFTER_S:.0f} s for the "
         f"lock to expire."
     )
-    verb = {"saving": "be written", "reading": "be read"}.get(purpose, "be used")
+    verb = {"saving": "be written"}.get(purpose, "be used")
     return f"{path} cannot {verb} now: {where} is {holder.purpose} it. {how}"
 
 

@@ -7,16 +7,17 @@ makes a checkpoint complete. Readable without torch and before anything else of 
 from __future__ import annotations
 
 import math
+import os
 import re
 import zipfile
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from lightning_npu_tp.checkpoint.files import PREVIOUS, crc32_of, in_place, left_beside, sealed_json, unsealed_json
-from lightning_npu_tp.checkpoint.regular_files import is_plain_name, read_small, regular_size
+from lightning_npu_tp.checkpoint.regular_files import FilePart, is_plain_name, open_regular, read_small, regular_size
 from lightning_npu_tp.errors import CheckpointError
 
 FORMAT = 1
@@ -24,6 +25,8 @@ MANIFEST_FILE = "manifest.json"
 # What the state besides tensors is in; Lightning's consolidation script looks for the name.
 REST_FILE = "meta.pt"
 DCP_FILE = ".metadata"
+# A shard takes some 150 bytes in it.
+MAX_INDEX_BYTES = 1 << 28
 
 
 @dataclass
@@ -89,6 +92,13 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str) and len(value) < 4096
 
 
+def _date(text: str) -> datetime | None:
+    try:
+        return datetime.fromisoformat(text)
+    except ValueError:
+        return None
+
+
 _MODEL: dict[str, Callable[[Any], bool]] = {
     "family": _is_text,
     "config": lambda value: isinstance(value, dict),
@@ -115,7 +125,7 @@ _RULES: dict[str, Callable[[Any], bool]] = {
     "files": lambda value: _is_table(
         value, lambda entry: _has(entry, {"bytes": _is_number, "crc32": _is_number}), key=is_plain_name
     ),
-    "created": _is_text,
+    "created": lambda value: _is_text(value) and _date(value) is not None,
     "format": lambda value: _is_number(value, 1),
 }
 
@@ -178,6 +188,8 @@ def _sizes(path: Path, manifest: Manifest) -> list[str]:
             continue
         if size != entry["bytes"]:
             problems.append(f"{path / name} has {size} bytes instead of {entry['bytes']}")
+        elif name == DCP_FILE and size > MAX_INDEX_BYTES:
+            problems.append(f"{path / name} has {size:,} bytes, which no index of tensors has")
     return problems
 
 
@@ -239,18 +251,16 @@ def verify(path: Path, files: Iterable[str] | None = None) -> list[str]:
         manifest = parse_manifest(path)
     except CheckpointError as error:
         return [str(error)]
+    if problems := _sizes(path, manifest):
+        return problems
     chosen = manifest.files if files is None else {name: manifest.files[name] for name in files}
-    problems = []
     for name, entry in chosen.items():
         try:
-            size = regular_size(path / name)
-            checksum = crc32_of(path / name) if size == entry["bytes"] else 0
+            checksum = crc32_of(path / name)
         except OSError as error:
             problems.append(f"{path / name} cannot be read ({error.strerror})")
             continue
-        if size != entry["bytes"]:
-            problems.append(f"{path / name} has {size} bytes instead of {entry['bytes']}")
-        elif checksum != entry["crc32"]:
+        if checksum != entry["crc32"]:
             problems.append(f"{path / name} has changed: checksum {checksum:08x} instead of {entry['crc32']:08x}")
     return problems
 
@@ -258,27 +268,40 @@ def verify(path: Path, files: Iterable[str] | None = None) -> list[str]:
 def archive_problem(path: Path, *, checksums: bool) -> str:
     """What is wrong with a file that torch.save wrote, or an empty text.
 
-    Its archive has a checksum for each entry, but none for its headers. torch stores entries as they are: packed ones,
-    and such as lie over each other, could unpack to a thousand times the file.
+    Its archive has a checksum for each entry, but none for its headers.
     """
     try:
-        size = regular_size(path, inside=False)
+        with open_regular(path, inside=False) as stream:
+            if found := packing_problem(stream, 0, os.fstat(stream.fileno()).st_size):
+                return f"{path} {found}"
         with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-                return f"{path} is packed, which no checkpoint is"
-            if any(entry.file_size != entry.compress_size for entry in entries) or size < sum(
-                entry.file_size for entry in entries
-            ):
-                return f"{path} says that it holds more than its {size:,} bytes"
-            for entry in entries:
-                if entry.filename.endswith("data.pkl") and _ROOM_BY_NUMBER.search(archive.read(entry)):
-                    return f"{path} holds a bytearray, which could ask for any memory. Store bytes or a tensor instead"
             bad = archive.testzip() if checksums else None
     except Exception as error:
         # Damaged archives raise all kinds of errors.
         return f"{path} is no whole checkpoint file ({getattr(error, 'strerror', None) or error})"
     return f"{path} has changed: {bad} does not have its checksum" if bad else ""
+
+
+def packing_problem(stream: IO[bytes], first: int, length: int) -> str:
+    """Why an archive of torch.save would take more memory than its bytes, as the end of a sentence; or an empty text.
+
+    stream, first, length: the archive is `length` bytes of an open file from byte `first` on.
+
+    torch stores entries as they are: packed ones, and such as lie over each other, could unpack to a thousand times the
+    file.
+    """
+    with zipfile.ZipFile(FilePart(stream, first, length)) as archive:  # type: ignore[arg-type]
+        entries = archive.infolist()
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+            return "is packed, which no checkpoint is"
+        if any(entry.file_size != entry.compress_size for entry in entries) or length < sum(
+            entry.file_size for entry in entries
+        ):
+            return f"says that it holds more than its {length:,} bytes"
+        for entry in entries:
+            if entry.filename.endswith("data.pkl") and _ROOM_BY_NUMBER.search(archive.read(entry)):
+                return "holds a bytearray, which could ask for any memory. Store bytes or a tensor instead"
+    return ""
 
 
 # bytearray(10**11) is plain data to torch's weights-only loader.

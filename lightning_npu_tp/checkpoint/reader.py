@@ -37,6 +37,7 @@ from lightning_npu_tp.checkpoint.manifest import (
     Manifest,
     archive_problem,
     is_before_manifests,
+    packing_problem,
     read_manifest,
     verify,
 )
@@ -149,6 +150,14 @@ def load_tensors(tensors: dict[str, Any], path: Path, metadata: Metadata, peers:
         raise CheckpointError(f"The checkpoint {path} cannot be loaded: {'; '.join(sorted(causes))}") from error
 
 
+def not_plain(file: Path, error: pickle.UnpicklingError) -> str:
+    """What to say of a file of a folder that holds more than tensors and plain data."""
+    return (
+        f"{file} holds Python objects that are not plain data; loading them could run code. Do not use this checkpoint "
+        f"unless you know who wrote it. ({(str(error).splitlines() or [''])[0]})"
+    )
+
+
 class _NamingFileSystem(FileSystem):
     """Errors while a file is read name the file."""
 
@@ -159,11 +168,10 @@ class _NamingFileSystem(FileSystem):
         try:
             with open_regular(Path(path)) as stream:
                 yield cast(io.IOBase, stream)
+        except CheckpointError:
+            raise
         except pickle.UnpicklingError as error:
-            raise CheckpointError(
-                f"{path} holds Python objects that are not plain data; loading them could run code. Do not use this "
-                f"checkpoint unless you know who wrote it. ({str(error).splitlines()[0]})"
-            ) from error
+            raise CheckpointError(not_plain(Path(path), error)) from error
         except Exception as error:
             raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {error}. {WHAT_TO_DO}") from error
 
@@ -175,6 +183,12 @@ class _Reader(dcp.FileSystemReader):
         super().__init__(path)
         self.fs = _NamingFileSystem()
         self._metadata = metadata
+
+    @override
+    def _slice_file(self, file: Any, sinfo: Any) -> Any:
+        if problem := packing_problem(file, sinfo.offset, sinfo.length):
+            raise CheckpointError(f"{self.path}/{sinfo.relative_path} {problem}. {WHAT_TO_DO}")
+        return super()._slice_file(file, sinfo)
 
     # No **kwargs: torch takes them as leave to look for other index files.
     @override

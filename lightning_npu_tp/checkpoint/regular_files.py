@@ -8,10 +8,13 @@ with words in `strerror`, so that a caller tells them as it tells any file that 
 from __future__ import annotations
 
 import errno
+import io
 import os
 import stat
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, Any, BinaryIO
+
+from typing_extensions import override
 
 _JSON_BYTES = 1 << 26
 
@@ -56,3 +59,38 @@ def read_small(file: Path, limit: int = _JSON_BYTES, *, inside: bool = True) -> 
     if len(content) > limit:
         raise OSError(errno.EFBIG, f"more than {limit:,} bytes", str(file))
     return content
+
+
+class FilePart(io.RawIOBase):
+    """`length` bytes of an open file from byte `first` on, as a file of their own; the other's position stays."""
+
+    def __init__(self, file: IO[bytes], first: int, length: int) -> None:
+        super().__init__()
+        self._descriptor, self._first, self._length, self._position = file.fileno(), first, length, 0
+
+    @override
+    def readable(self) -> bool:
+        """True."""
+        return True
+
+    @override
+    def seekable(self) -> bool:
+        """True."""
+        return True
+
+    @override
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        """Go to a byte of the part; returns it."""
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._length}[whence]
+        if start + offset < 0:
+            raise OSError(errno.EINVAL, "before the beginning")
+        self._position = start + offset
+        return self._position
+
+    @override
+    def readinto(self, buffer: Any, /) -> int:
+        """Read what fits; returns the number of bytes."""
+        wanted = memoryview(buffer)[: max(0, self._length - self._position)]
+        count = os.preadv(self._descriptor, [wanted], self._first + self._position) if len(wanted) else 0
+        self._position += count
+        return count

@@ -15,7 +15,7 @@ from pathlib import Path
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_npu_tp.checkpoint.files import remove_whole
-from lightning_npu_tp.checkpoint.locks import holder_of
+from lightning_npu_tp.checkpoint.locks import holder_of, reader_of
 from lightning_npu_tp.errors import CheckpointError
 
 
@@ -117,7 +117,7 @@ class Saves:
             self._notes += [f"{one} is kept, because {self._failed} could not be saved." for one in kept]
             return
         for one in doomed:
-            if (holder := holder_of(one)) is not None:
+            if (holder := holder_of(one) or reader_of(one)) is not None:
                 self._notes.append(f"{one} is kept: process {holder.pid} of {holder.host} is {holder.purpose} it.")
                 continue
             try:

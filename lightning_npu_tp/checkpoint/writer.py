@@ -37,7 +37,7 @@ from lightning_npu_tp.checkpoint.files import (
     replace_whole,
     size_in_words,
 )
-from lightning_npu_tp.checkpoint.locks import hold, holder_of, lock_file
+from lightning_npu_tp.checkpoint.locks import hold, holder_of, lock_file, patience, reader_of
 from lightning_npu_tp.checkpoint.manifest import MANIFEST_FILE, REST_FILE, Manifest
 from lightning_npu_tp.checkpoint.peers import PeerFailure, Peers
 from lightning_npu_tp.devices.fault_text import find_fault
@@ -128,7 +128,7 @@ def _prepare(path: Path, needed: int, stack: ExitStack) -> Path:
             f"the file away."
         )
     path.parent.mkdir(parents=True, exist_ok=True)
-    stack.enter_context(hold(path, "saving"))
+    stack.enter_context(hold(path, "saving", waiting=patience(path, "saving")))
     clear_leftovers(path.parent, mine=path.name)
     free = shutil.disk_usage(path.parent).free
     if needed > free:
@@ -163,7 +163,7 @@ def clear_leftovers(folder: Path, *, mine: str = "") -> None:
             continue
         if kind == PREVIOUS and not os.path.lexists(folder / name):
             os.rename(left, folder / name)
-        else:
+        elif kind != PREVIOUS or reader_of(folder / name) is None:
             delete(left)
     for lock in folder.glob(".*.lock"):
         name = lock.name.removeprefix(".").removesuffix(".lock")
@@ -204,7 +204,7 @@ def _complete(partial: Path, path: Path, manifest: Manifest, parts: list[dict[st
     with Written().open(partial / MANIFEST_FILE) as stream:
         stream.write(manifest.as_bytes())
     fsync_folder(partial)
-    replace_whole(partial, path)
+    replace_whole(partial, path, is_read=lambda: reader_of(path) is not None)
 
 
 class _CheckedFileSystem(FileSystem):

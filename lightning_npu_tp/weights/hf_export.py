@@ -11,7 +11,6 @@ import json
 import os
 import shutil
 from collections.abc import Collection, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 
 from lightning_npu_tp.checkpoint.files import PARTIAL, beside, delete, fsync_file, fsync_folder, in_place, left_beside
-from lightning_npu_tp.checkpoint.locks import hold
+from lightning_npu_tp.checkpoint.locks import hold, reading
 from lightning_npu_tp.checkpoint.manifest import Manifest
 from lightning_npu_tp.checkpoint.peers import Peers
 from lightning_npu_tp.checkpoint.reader import open_checkpoint, read_rest
@@ -87,11 +86,8 @@ def export_checkpoint(
     Raises CheckpointError and ConfigError; then nothing is left at `out`.
     """
     require_free(out)
-    with ExitStack() as stack:
-        where = in_place(path)
-        if os.access(where.parent, os.W_OK) and where.exists():
-            stack.enter_context(hold(where, "reading"))
-        where, manifest = open_checkpoint(path, Peers(), checksums=verify)
+    with reading(in_place(path)) as pinned:
+        where, manifest = open_checkpoint(pinned, Peers(), checksums=verify)
         source: FileSource | FolderSource = FileSource(where) if where.is_file() else FolderSource(where)
         prefix = None if model is None else f"{model}." if model else ""
         notes: list[str] = []
@@ -105,7 +101,7 @@ def export_checkpoint(
         if with_tokenizer and tokenizer is None:
             tokenizer = _known_tokenizer(where, manifest, notes)
         plan = outline(config, source.shapes, prefix=prefix, families=families)
-        return export_source(
+        done = export_source(
             source,
             plan,
             out,
@@ -115,6 +111,10 @@ def export_checkpoint(
             verify=verify,
             notes=notes,
         )
+        done.notes, done.differences = (
+            [text.replace(str(pinned), str(path)) for text in texts] for texts in (done.notes, done.differences)
+        )
+    return done
 
 
 def export_source(

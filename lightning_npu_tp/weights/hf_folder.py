@@ -64,8 +64,15 @@ def outline(
 
     # As it comes from a file: a converted model's own names the attention that conversion gave it.
     config = type(config).from_dict(config.to_dict())
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except Exception as error:
+        # Sizes that cannot be, classes that do not exist: transformers and torch raise all kinds of errors.
+        raise ConfigError(
+            f"The config of {config.model_type} makes no model: {type(error).__name__}: {str(error)[:300]}. Give the "
+            f"config that it was trained with, with --config."
+        ) from error
     family = next((family for family in (*families, *FAMILIES) if family.matches(model)), None)
     if family is None:
         raise ConfigError(f"{type(model).__name__} is no supported model; its ModelFamily says how files name it.")

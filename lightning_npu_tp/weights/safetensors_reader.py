@@ -202,15 +202,16 @@ def _checked(
     for name, dtype, shape, start, stop in sorted(entries, key=lambda entry: (entry[3], entry[4])):
         if dtype not in _DTYPES:
             raise CheckpointError(
-                f"{_short(name)} in {file} has the dtype {_short(dtype)}, which cannot be trained: the model is quantised, or "
-                f"of a kind that this package does not know. Take its unquantised weights, or convert it to bfloat16 first."
+                f"{_short(name)} in {file} has the dtype {_short(dtype)}, which cannot be trained: the model is "
+                f"quantised, or of a kind that this package does not know. Take its unquantised weights, or convert it "
+                f"to bfloat16 first."
             )
         tensor = StoredTensor(file, _DTYPES[dtype], tuple(shape), data + start)
         if start != position or stop - start != tensor.nbytes:
             raise _damaged(
                 file,
-                f"its header places {_short(name)} ({dtype} {shape}, {tensor.nbytes} bytes) at {start} to {stop}, "
-                f"where {position} to {position + tensor.nbytes} is due",
+                f"its header places {_short(name)} ({dtype} {_short(str(shape))}) at {start} to {stop}, "
+                f"where {position} to {_short(str(position + tensor.nbytes))} is due",
             )
         tensors[name] = tensor
         position = stop

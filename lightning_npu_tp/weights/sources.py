@@ -8,6 +8,7 @@ shard's. The weights of a live run are a source too (live_source.py). Nothing is
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from math import prod
@@ -19,7 +20,9 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.utils import _create_file_view
 
-from lightning_npu_tp.checkpoint.reader import read_index, read_object
+from lightning_npu_tp.checkpoint.manifest import packing_problem
+from lightning_npu_tp.checkpoint.reader import not_plain, read_index, read_object
+from lightning_npu_tp.checkpoint.regular_files import open_regular
 from lightning_npu_tp.errors import CheckpointError
 from lightning_npu_tp.models.file_names import Bounds, Piece
 
@@ -129,14 +132,16 @@ class FolderSource:
         """A part of one stored shard, read from its bytes in the file."""
         index, shape = MetadataIndex(full_name, chunk.offsets), tuple(chunk.sizes)
         info = self._stored[index]
-        if Path(info.relative_path).name != info.relative_path:
-            raise CheckpointError(f"{self._path}: the index points outside of the checkpoint: {info.relative_path}")
         file = self._path / info.relative_path
         try:
-            with open(file, "rb") as stream:
+            with open_regular(file) as stream:
                 view: Any = _create_file_view(stream, info.offset, info.length)
                 # On meta: strides and the place of the bytes, without the bytes.
+                if problem := packing_problem(stream, info.offset, info.length):
+                    raise CheckpointError(f"{file} {problem}.")
                 shard = torch.load(view, map_location="meta", weights_only=True)
+                if not isinstance(shard, Tensor):
+                    raise CheckpointError(f"{file} holds {type(shard).__name__} where {index.fqn} should be.")
                 start = info.offset + shard.untyped_storage()._checkpoint_offset
                 if tuple(shard.shape) != shape:
                     raise CheckpointError(f"{file} holds {index.fqn} of shape {tuple(shard.shape)} instead of {shape}.")
@@ -145,9 +150,12 @@ class FolderSource:
                     whole = torch.load(view, map_location="cpu", weights_only=True)
                     return whole[_slices(inside)]
                 return _read_rows(stream.fileno(), start + shard.storage_offset() * shard.itemsize, shard, inside)
-        except (OSError, RuntimeError, EOFError, ValueError) as error:
-            if isinstance(error, CheckpointError):
-                raise
+        except CheckpointError:
+            raise
+        except pickle.UnpicklingError as error:
+            raise CheckpointError(not_plain(file, error)) from error
+        except Exception as error:
+            # Damaged pickles raise all kinds of errors.
             raise CheckpointError(f"{file} cannot be read: {type(error).__name__}: {error}") from error
 
 

@@ -15,7 +15,7 @@ import typer
 from rich.table import Table
 
 from lightning_npu_tp.checkpoint.files import in_place, left_beside, size_in_words
-from lightning_npu_tp.checkpoint.locks import holder_of
+from lightning_npu_tp.checkpoint.locks import holder_of, reading
 from lightning_npu_tp.checkpoint.manifest import (
     Manifest,
     age_key,
@@ -99,23 +99,29 @@ def inspect(
 
 
 def look_at(path: Path, *, checksums: bool) -> Finding:
-    """Examine one checkpoint, folder or file."""
+    """Examine one checkpoint, folder or file, which may be replaced meanwhile."""
     finding = Finding(path)
+    with reading(path) as pinned:
+        _fill(finding, pinned, checksums)
+    finding.problems = [problem.replace(str(pinned), str(path)) for problem in finding.problems]
+    return finding
+
+
+def _fill(finding: Finding, path: Path, checksums: bool) -> None:
     if not path.is_file() and is_before_manifests(path):
         finding.sizes = _sizes(path, finding)
-        return finding
+        return
     try:
         finding.manifest = None if path.is_file() else parse_manifest(path)
     except CheckpointError as error:
         finding.problems = [str(error)]
-        return finding
+        return
     finding.problems = verify(path) if checksums else [reason] if (reason := incomplete(path)) else []
     if path.is_file():
         finding.sizes = {"rest": path.stat().st_size}
     elif not finding.problems:
         finding.sizes = _sizes(path, finding)
     finding.verified = checksums and not finding.problems
-    return finding
 
 
 def _sizes(path: Path, finding: Finding) -> dict[str, int]:

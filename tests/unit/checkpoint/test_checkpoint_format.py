@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from lightning_npu_tp.checkpoint import files, locks, manifest, training_state, writer
-from lightning_npu_tp.checkpoint.locks import Holder, hold, holder_of, lock_file
+from lightning_npu_tp.checkpoint.locks import Holder, hold, holder_of, lock_file, reader_of
 from lightning_npu_tp.checkpoint.manifest import Manifest, incomplete, newest_complete, read_manifest, verify
 from lightning_npu_tp.checkpoint.peers import PeerFailure, Peers
 from lightning_npu_tp.checkpoint.reader import open_checkpoint, read_index, read_object
@@ -258,15 +258,16 @@ def test_leftovers_of_the_dead_go_and_those_of_the_living_stay(tmp_path: Path) -
 
 
 def test_one_process_at_a_time_and_the_other_is_named(tmp_path: Path) -> None:
-    with hold(tmp_path / "a.ckpt", "reading"):
-        with pytest.raises(CheckpointError, match=f"process {os.getpid()} of this host .* is reading it"):
+    with hold(tmp_path / "a.ckpt", "saving"):
+        with pytest.raises(CheckpointError, match=f"process {os.getpid()} of this host .* is saving it"):
             save(tmp_path / "a.ckpt")
         assert names(tmp_path) == [".a.ckpt.lock"]
         save(tmp_path / "b.ckpt")
     other = Holder("another-host", 77, 0.0, "saving")
     lock_file(tmp_path / "a.ckpt").write_text(json.dumps(vars(other)))
     with pytest.raises(CheckpointError, match=r"process 77 of another-host is saving it.* remove .*\.a\.ckpt\.lock"):
-        save(tmp_path / "a.ckpt")
+        with hold(tmp_path / "a.ckpt", "saving"):
+            pytest.fail("has taken it")
     lock_file(tmp_path / "a.ckpt").write_text(json.dumps(vars(Holder(socket.gethostname(), 1, 5.0, "saving"))))
     assert holder_of(tmp_path / "a.ckpt") is None, "process 1 did not start then"
     save(tmp_path / "a.ckpt")
@@ -288,7 +289,8 @@ def test_who_finds_a_lock_stale_does_not_remove_its_successor(tmp_path: Path, mo
 
     monkeypatch.setattr(locks, "holder_of", overtaken)
     with pytest.raises(CheckpointError, match="process 2 of another-host is building it"):
-        save(tmp_path / "a.ckpt")
+        with hold(tmp_path / "a.ckpt", "building"):
+            pytest.fail("has taken it")
     assert file.read_text() == fresh
 
 
@@ -319,7 +321,7 @@ def test_a_link_is_replaced_and_what_it_points_to_stays(tmp_path: Path) -> None:
     assert [read_manifest(tmp_path / name).step for name in ("step1.ckpt", "last.ckpt")] == [1, 2]
     (tmp_path / "link.ckpt").symlink_to("step1.ckpt")
     with hold(tmp_path / "link.ckpt", "reading"):
-        assert holder_of(tmp_path / "step1.ckpt") is not None
+        assert reader_of(tmp_path / "step1.ckpt") is not None
         save(tmp_path / "link.ckpt", 3)
         files.remove_whole(tmp_path / "link.ckpt")
     (tmp_path / "link.ckpt").symlink_to("absent.ckpt")
