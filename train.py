@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,7 +31,7 @@ def train(config: DictConfig) -> float | None:
     from lit_models.data import check_vocabulary
     from lit_models.run.continued import ContinueRun
     from lit_models.run.instantiate import build, build_each
-    from lit_models.run.run_folder import claim, explain_write_errors, goes_on, is_follower
+    from lit_models.run.run_folder import claim, explain_write_errors, goes_on, sole_writer
     from lit_models.run.summary import summary
 
     strategy = build(config, "strategy")
@@ -57,11 +58,13 @@ def train(config: DictConfig) -> float | None:
     data = build(config, "data")
     model = build(config, "model", optimizer=build(config, "optimizer"), scheduler=build(config, "scheduler"))
     check_vocabulary(data.tokenizer, model.model_config.vocab_size)
-    if not is_follower():
-        claim(folder, config)
-        print(data.summary(), flush=True)
-
-    with explain_write_errors(folder):
+    with ExitStack() as stack:
+        # By the rank that writes, not by the environment: RANK may be left from another program.
+        if trainer.is_global_zero:
+            stack.enter_context(sole_writer(folder))
+            claim(folder, config)
+            print(data.summary(), flush=True)
+        stack.enter_context(explain_write_errors(folder))
         before = []
         if config.validate_before:
             before = trainer.validate(model, data, ckpt_path=checkpoint, verbose=False)

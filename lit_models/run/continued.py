@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from typing_extensions import override
 
 from lightning_npu_tp.callbacks import LossCurve
-from lit_models.run.loggers import CSVMetrics, TensorBoard
+from lit_models.run.loggers import CSVMetrics, TensorBoard, read_rows
 
 ROW = "row_of_this_step"
 
@@ -83,8 +82,6 @@ class ContinueRun(Callback):
 
 def points(path: Path, key: str) -> list[tuple[int, float]]:
     """(optimizer steps done, value) of every row of a metrics.csv that has the metric."""
-    if not path.exists():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        # A row's step is the number of steps before the one that logged it.
-        return [(int(row["step"]) + 1, float(row[key])) for row in csv.DictReader(file) if row.get(key)]
+    _, rows, _ = read_rows(path)
+    # A row's step is the number of steps before the one that logged it.
+    return [(int(row["step"]) + 1, float(row[key])) for row in rows if row.get(key) and row["step"]]

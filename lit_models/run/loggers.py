@@ -100,13 +100,17 @@ class CSVMetrics(Logger):
     def cut(self, step: int) -> None:
         """Drop the rows on disk of optimizer step `step` and later, which a resumed run logs again."""
         self.save()
-        if not self.path.exists():
+        columns, rows, unreadable = read_rows(self.path)
+        if not columns and self.path.exists():
+            aside = self.path.with_name(f"{self.path.name}.damaged")
+            self.path.replace(aside)
+            self._columns = None
+            log.warning(f"{self.path} has no header, a power cut may have taken it: it is {aside.name} now.")
             return
-        with self.path.open(newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            rows, columns = list(reader), list(reader.fieldnames or [])
         kept = [row for row in rows if not row["step"] or int(row["step"]) < step]
-        if len(kept) < len(rows):
+        if unreadable:
+            log.warning(f"{self.path}: {unreadable} lines cannot be read, a power cut may have taken them. They go.")
+        if len(kept) < len(rows) or unreadable:
             self._replace(columns, kept)
         self._there = {
             (step - 1, frozenset(name for name, value in row.items() if value and name != "step"))
@@ -128,11 +132,9 @@ class CSVMetrics(Logger):
     def add_missing(self, row: Mapping[str, float]) -> None:
         """Log `row`, which has its `step`, unless a row of that step with one of its metrics is there."""
         names = row.keys() - {"step", "epoch"}
-        if self.path.exists():
-            with self.path.open(newline="", encoding="utf-8") as file:
-                for old in csv.DictReader(file):
-                    if old["step"] == str(row["step"]) and any(old.get(name) for name in names):
-                        return
+        _, rows, _ = read_rows(self.path)
+        if any(old["step"] == str(row["step"]) and any(old.get(name) for name in names) for old in rows):
+            return
         self.log_metrics(_without_step(row), int(row["step"]))
         self.save()
 
@@ -154,10 +156,7 @@ class CSVMetrics(Logger):
         self._rows = []
 
     def _columns_on_disk(self) -> list[str]:
-        if not self.path.exists():
-            return []
-        with self.path.open(newline="", encoding="utf-8") as file:
-            return next(csv.reader(file), [])
+        return read_rows(self.path)[0]
 
     def _append(self) -> None:
         size = self.path.stat().st_size
@@ -171,10 +170,7 @@ class CSVMetrics(Logger):
 
     def _rewrite(self, columns: list[str]) -> None:
         """New columns: a new file beside the old one, which it replaces only when it is whole."""
-        old: list[dict[str, Any]] = []
-        if self.path.exists():
-            with self.path.open(newline="", encoding="utf-8") as file:
-                old = list(csv.DictReader(file))
+        _, old, _ = read_rows(self.path)
         self._replace(columns, [*old, *self._rows])
 
     def _replace(self, columns: list[str], rows: list[dict[str, Any]]) -> None:
@@ -187,6 +183,36 @@ class CSVMetrics(Logger):
             fresh.unlink(missing_ok=True)
             raise
         self._columns = columns
+
+
+def read_rows(path: Path) -> tuple[list[str], list[dict[str, Any]], int]:
+    """(columns, rows, number of lines that cannot be read) of a metrics.csv; no columns where there is none.
+
+    After a power cut the end of a file may be zeros, or its header cut: then nothing says what the numbers mean.
+    """
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return [], [], 0
+    lines = text.splitlines()
+    columns = next(csv.reader(lines[:1]), [])
+    if "step" not in columns or "\0" in lines[0] or not text.startswith(f"{lines[0]}\n"):
+        return [], [], len(lines)
+    rows, unreadable = [], 0
+    for line in lines[1:]:
+        values = next(csv.reader([line]), []) if "\0" not in line else []
+        if len(values) == len(columns) and all(map(_is_number_or_empty, values)):
+            rows.append(dict(zip(columns, values, strict=True)))
+        else:
+            unreadable += 1
+    return columns, rows, unreadable
+
+
+def _is_number_or_empty(text: str) -> bool:
+    try:
+        return not text or float(text) is not None
+    except ValueError:
+        return False
 
 
 def _as_csv(columns: list[str], rows: list[dict[str, Any]], *, header: bool) -> str:

@@ -1,19 +1,22 @@
 """The run folder: a new one for every run, never written over, with errors that say what to free.
 
-A run's folder belongs to one run. `GuardRunFolder` sees to that before Hydra writes its first file,
-`claim` again for whoever calls `train()` without Hydra's command line, and `explain_write_errors`
-turns a full disk in the middle of a run into a sentence. Where the folder lies is the config's part.
+A run's folder belongs to one run. `GuardRunFolder` sees to that before Hydra writes its first file, `claim` again for
+whoever calls `train()` without Hydra's command line or looks like a rank that follows. `sole_writer` keeps a second run
+out while one lives, and `explain_write_errors` turns a full disk in the middle of a run into a sentence. Where the
+folder lies is the config's part.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import sys
 import tempfile
+import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -23,11 +26,18 @@ from omegaconf import DictConfig, OmegaConf, read_write
 from typing_extensions import override
 
 from lightning_npu_tp import ConfigError, LightningNPUTPError
+from lightning_npu_tp.checkpoint.locks import hold, holder_of, patience
+from lightning_npu_tp.errors import CheckpointError, DataError
 
 CONFIG_FILE = "config.yaml"
 # What a run leaves in its folder. Not .hydra: a run refused for a wrong setting has got no further than that.
 _SIGNS_OF_A_RUN = (CONFIG_FILE, "metrics.csv", "checkpoints", "multirun.yaml")
 _PROBE_BYTES = 1 << 20
+_SHARED = "/dev/shm"
+# How torch names what it shares between processes.
+_TORCH_SHARED = re.compile(
+    r"(unable to (open shared memory object|write to file|resize file)|shm).{0,200}No space left", re.S
+)
 _REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)
 
 
@@ -74,10 +84,7 @@ def check_writable(folder: Path, needed_bytes: int = _PROBE_BYTES) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as probe:
-            probe.write(b"\0" * _PROBE_BYTES)
-            probe.flush()
-            os.fsync(probe.fileno())
+        _write_probe(folder)
     except OSError as error:
         raise RunFolderError(_explanation(folder, folder, error, needed_bytes)) from error
     free = shutil.disk_usage(folder).free
@@ -119,21 +126,64 @@ def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
     return {prefix.removeprefix("."): node}
 
 
+@contextmanager
+def sole_writer(folder: Path) -> Iterator[None]:
+    """Be the one run that writes into the folder, for as long as this lasts; rank 0 calls it.
+
+    Raises ConfigError that names the process that is at it; one of another host is waited for until it gives no sign of
+    life. Of a run that was killed nothing has to be removed.
+    """
+    name = folder / "run"
+    check_writable(folder)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(hold(name, "training", waiting=patience(name, "training")))
+        except CheckpointError as error:
+            holder = holder_of(name)
+            who = "another process" if holder is None else f"process {holder.pid} of {holder.host}"
+            raise ConfigError(
+                f"The run folder {folder} is being written: {who} trains in it, and two runs would mix their rows and "
+                f"checkpoints. End that run or wait for it, or choose another folder with hydra.run.dir=…."
+            ) from error
+        yield
+
+
 def claim(folder: Path, config: DictConfig) -> None:
     """Write the resolved config as the folder's first file of this run; a second claim is a ConfigError.
 
-    With resume=auto the config of the first start stays, and what has changed since is printed.
+    With resume=auto the config of the first start stays, and what has changed since is printed; one that a power cut
+    has damaged is set aside.
     """
     check_writable(folder)
-    if goes_on(config) and (folder / CONFIG_FILE).exists():
-        if told := changes(OmegaConf.load(folder / CONFIG_FILE), config):  # type: ignore[arg-type]
-            print(f"{folder} was started with other settings:", *told, sep="\n  ", flush=True)
-        return
+    file = folder / CONFIG_FILE
+    if not goes_on(config):
+        # Whoever looks as a rank that follows has not been asked before: RANK may be left from another program.
+        refuse_existing(folder)
+    elif file.exists():
+        try:
+            before = OmegaConf.load(file)
+            if not isinstance(before, DictConfig) or not before:
+                raise ValueError("it holds no settings")
+            told = changes(before, config)
+        except Exception as error:
+            # A damaged text raises what YAML, Unicode and OmegaConf have, an OSError without a number too.
+            if isinstance(error, OSError) and error.errno is not None:
+                raise
+            aside = file.with_name(f"{file.name}.damaged")
+            file.replace(aside)
+            why = (str(error).splitlines() or [type(error).__name__])[0]
+            print(f"{file} cannot be read ({why}): it is {aside.name} now, and written anew.", flush=True)
+        else:
+            if told:
+                print(f"{folder} was started with other settings:", *told, sep="\n  ", flush=True)
+            return
     text = OmegaConf.to_yaml(config, resolve=True)
     try:
         # "x" and not a test before: of two runs that start at once only one gets the folder.
-        with (folder / CONFIG_FILE).open("x", encoding="utf-8") as file:
-            file.write(text)
+        with file.open("x", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
     except FileExistsError:
         refuse_existing(folder)
 
@@ -146,6 +196,12 @@ def explain_write_errors(folder: Path) -> Iterator[None]:
     except LightningNPUTPError:
         raise
     except Exception as error:
+        if _is_of_shared_memory(error):
+            free = shutil.disk_usage(_SHARED).free if os.path.isdir(_SHARED) else 0
+            raise DataError(
+                f"Shared memory ({_SHARED}) is full, {free:,} bytes are free there; workers of data loaders hand over "
+                f"batches in it. Set data.num_workers lower, or give the container more (docker run --shm-size=…)."
+            ) from error
         cause = _write_error(error, folder)
         if cause is None:
             raise
@@ -165,6 +221,28 @@ def _write_error(error: BaseException | None, folder: Path) -> OSError | None:
             return OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)} (torch: {str(error).splitlines()[0]})")
         error = error.__cause__ or error.__context__
     return None
+
+
+def _is_of_shared_memory(error: BaseException | None) -> bool:
+    """Whether an exception says that shared memory is full; its own errors name no file."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            frames = traceback.extract_tb(error.__traceback__)
+            if str(error.filename).startswith(_SHARED) or (
+                error.filename is None and any("multiprocessing" in Path(frame.filename).parts for frame in frames)
+            ):
+                return True
+        if isinstance(error, RuntimeError) and _TORCH_SHARED.search(str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _write_probe(folder: Path) -> None:
+    with tempfile.TemporaryFile(dir=folder) as probe:
+        probe.write(b"\0" * _PROBE_BYTES)
+        probe.flush()
+        os.fsync(probe.fileno())
 
 
 def _explanation(folder: Path, path: Path, error: OSError, needed_bytes: int | None = None) -> str:

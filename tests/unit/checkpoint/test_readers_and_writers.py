@@ -105,15 +105,15 @@ def test_twelve_take_a_stale_lock_at_once_and_one_wins(tmp_path: Path) -> None:
     lock = lock_file(tmp_path / "a.ckpt")
     lock.write_text(json.dumps(vars(Holder("another-host", 7, 0.0, "saving"))))
     os.utime(lock, (0, 0))
-    children, start = [], time.time() + 0.3
+    children, start = [], time.time() + 0.5
     for number in range(12):
         if (pid := os.fork()) == 0:
             code = 9
             try:
-                time.sleep(start - time.time())
+                time.sleep(max(0.0, start - time.time()))
                 with hold(tmp_path / "a.ckpt", "saving"):
                     (tmp_path / f"won-{number}").touch()
-                    time.sleep(1.5)
+                    time.sleep(2.0)
                 code = 0
             except CheckpointError as error:
                 # The winner is named, though it may have had no time yet to say who it is.
