@@ -26,7 +26,7 @@ CHOSEN = $(if $(SELECT),-m '$(SELECT)')
 AGAIN := $(MAKE) --no-print-directory
 SESSIONS := $(AGAIN) sessions
 
-.PHONY: install install-npu train test test-all sessions test-sim test-sanitized test-npu lint bench clean
+.PHONY: install install-npu train test test-all fuzz sessions test-sim test-sanitized test-npu lint bench clean
 
 install: $(STAMP)
 
@@ -92,6 +92,10 @@ test-sanitized: $(NPU_STAMP)
 		ASAN_OPTIONS="$$ASAN_OPTIONS:log_path=$$log/finding" TSAN_OPTIONS="$$TSAN_OPTIONS:log_path=$$log/finding" \
 		$(NPU_RUN) -m ascend_sim run --sanitize $$kind -n 4 -- -m pytest -o timeout=3600 $(or $(ARGS),$(SANITIZED)) || failed=1; \
 		cat $$log/* 2>/dev/null && failed=1; done; exit $$failed
+
+# Every parser of a file or text that others write, with INPUTS random inputs each; `make test-all` has a thousand.
+fuzz: $(STAMP)
+	FUZZ_INPUTS=$(or $(INPUTS),20000) $(RUN) -m pytest -o timeout=7200 -n $(JOBS) tests/unit/test_parsers.py $(ARGS)
 
 # The same assertions on the cards of this machine; DEVICE=cuda for those.
 test-npu: $(if $(filter cuda,$(DEVICE)),$(STAMP),$(NPU_STAMP))

@@ -147,6 +147,8 @@ IN_MAKE_TEST: dict[str, tuple[str, ...]] = {
     # Two network namespaces; tests/unit/launch/test_hosts.py has what several hosts decide.
     "test_two_hosts_train_as_one_and_a_cut_link_ends_both_with_the_silent_hosts_name": (),
     "test_ranks_that_slurm_starts_on_two_nodes_are_one_run_in_one_folder": (),
+    # A thousand inputs for each parser, more with `make fuzz`; test_attacks.py has the inputs that did harm.
+    "test_no_input_makes_a_parser_fail_hang_or_swell": ("fault text", "hccl"),
     # On simulated cards. All operators that torch describes, in one test.
     "test_the_operators_of_torch_compute_on_the_card_what_they_compute_on_the_cpu": (),
     "test_data_arrives_bit_by_bit": ("2",),

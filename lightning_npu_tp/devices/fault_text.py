@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from functools import cache
 
 from lightning_npu_tp.devices.fault_table import (
     COLLECTIVES,
@@ -25,14 +26,17 @@ from lightning_npu_tp.devices.fault_table import (
 )
 from lightning_npu_tp.errors import LightningNPUTPError
 
+# Characters of a long text that are looked at, at its beginning and at its end.
+_END = 1 << 15
 # A bare number could be a size; after these words it is an error code.
-_NUMBERED = r"(?:error code|retcode|ret code|result|return|ret|ErrCode)(?: is)?\s*[:=]?\s*\[?{code}(?!\d)"
+_NUMBERED = r"(?:error code|retcode|ret code|result|return|ret|ErrCode)(?: is)?\s{{0,9}}[:=]?\s{{0,9}}\[?{code}(?!\d)"
 _OWN_CODE = re.compile(r"\bERR(\d{2})(\d{3})\b")
 _CALLED = (
-    re.compile(r"call (aclnn\w+) failed"),
+    re.compile(r"call (aclnn\w{1,200}) failed"),
     # A name ends at a comma or a parenthesis; of some codes the meaning stands there, such as SUSPECT REMOTE ERROR.
-    re.compile(r"(?:HCCL|NPU|OPS) function error: (?:\w+::)*(\w+)(?=[(,])"),
-    re.compile(r"\btag\[([^\]]+)\]"),
+    re.compile(r"(?:HCCL|NPU|OPS) function error: (?:\w{1,200}::){0,20}(\w{1,200})(?=[(,])"),
+    # Bounded, as each beginning would be looked at to the end of a long text.
+    re.compile(r"\btag\[([^\]]{1,200})\]"),
     re.compile(r"the current working operator name is (\w+)"),
 )
 # How gloo, NCCL, HCCL, the key-value store and Python say that the other side did not answer or is gone. A time-out
@@ -57,6 +61,7 @@ def find_fault(text: str) -> Fault | None:
 
 def mentioned(text: str) -> list[Fault]:
     """Every fault that the text names, the most telling one first; torch_npu's own ERR codes come last."""
+    text = _told(text)
     found = [fault for fault in FAULTS if _pattern(fault).search(text)]
     for module, kind in _OWN_CODE.findall(text):
         own = _own_fault(module, kind)
@@ -78,7 +83,7 @@ def reads_like_lost_peer(text: str) -> bool:
     fault = find_fault(text)
     if fault is not None:
         return fault.lost_peer or fault.code in _EITHER
-    return _LOST_PEER.search(text) is not None
+    return _LOST_PEER.search(_told(text)) is not None
 
 
 def may_be_lost_peer(error: BaseException) -> bool:
@@ -90,12 +95,19 @@ def may_be_lost_peer(error: BaseException) -> bool:
 
 def called(text: str) -> str | None:
     """The library function or collective that a text of torch_npu says failed; None if it says none."""
+    text = _told(text)
     for pattern in _CALLED:
         if match := pattern.search(text):
             return match.group(1)
     return None
 
 
+def _told(text: str) -> str:
+    """What an error says first and last; a text of megabytes holds dumps in between, and each code is looked for."""
+    return text if len(text) <= 2 * _END else f"{text[:_END]}\n{text[-_END:]}"
+
+
+@cache
 def _pattern(fault: Fault) -> re.Pattern[str]:
     code = re.escape(fault.code)
     own = _NUMBERED.format(code=code) if fault.code.isdigit() else rf"\b{code}\b"

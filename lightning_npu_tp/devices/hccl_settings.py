@@ -205,6 +205,9 @@ class HcclSettings:
             )
 
     def _check_groups(self) -> None:
+        for setting in ("group_buffers_mb", "extra"):
+            if not isinstance(getattr(self, setting), Mapping):
+                raise ConfigError(f"hccl.{setting}={getattr(self, setting)!r} is no table of names and values.")
         for name, size in self.group_buffers_mb.items():
             if name not in GROUPS:
                 raise ConfigError(f"hccl.group_buffers_mb names {name!r}, which is no group. Name one of {GROUPS}.")
@@ -215,7 +218,11 @@ class HcclSettings:
         # The old name of a variable; torch_npu still reads it.
         names["HCCL_ASYNC_ERROR_HANDLING"] = "async_error_handling"
         names[ALLOC_CONF] = "expandable_segments, max_split_size_mb and garbage_collection_threshold"
-        for name in self.extra:
+        for name, value in self.extra.items():
+            if not _fits_environment(name) or "=" in name or not name:
+                raise ConfigError(f"hccl.extra names {name!r}, which no variable can be called.")
+            if not isinstance(value, str | int | float) or not _fits_environment(str(value)):
+                raise ConfigError(f"hccl.extra sets {name} to {value!r}, which no variable can hold. Set a text.")
             if name in NOT_A_VARIABLE:
                 raise ConfigError(
                     f"hccl.extra sets {name}, which neither HCCL nor torch_npu reads. Use instead: "
@@ -270,8 +277,13 @@ def _check(name: str, value: Any, *, low: float | None, high: float | None, valu
         if value < low or (high is not None and value > high):
             allowed_text = f"{low} or more" if high is None else f"{low} to {high}"
             raise ConfigError(f"hccl.{name}={value} is out of range. Set it to {allowed_text}, or null.")
-    elif not isinstance(value, str) or not value:
+    elif not _fits_environment(value) or not value:
         raise ConfigError(f"hccl.{name}={value!r} is not a text. Set one, or null.")
+
+
+def _fits_environment(value: Any) -> bool:
+    """Whether it is a text without the zero byte that ends a variable, and without half a character."""
+    return isinstance(value, str) and "\0" not in value and value.isprintable()
 
 
 def _text(name: str, value: Any) -> str:

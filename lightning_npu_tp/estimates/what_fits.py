@@ -26,7 +26,8 @@ _USABLE = 0.95
 _MOST_TIMES_THE_DEVICES = 64
 _SHORTEST = 64
 _UNITS = {"bytes": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
-_SIZE = r"([\d.]+) (bytes|[KMGT]?i?B)"
+# From a number's first digit on alone, as each would be looked at to the end of a long one.
+_SIZE = r"(?<![\d.])(\d{1,16}(?:\.\d{1,9})?) (bytes|[KMGT]?i?B)"
 
 
 @dataclass(frozen=True, kw_only=True)

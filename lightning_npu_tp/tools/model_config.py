@@ -36,11 +36,19 @@ def read_model_config(model: str) -> Any:
         else:
             values = json.loads(file.read_text())
             name = values["model_type"]
-    except (yaml.YAMLError, json.JSONDecodeError, KeyError, TypeError) as error:
+        if not isinstance(name, str) or not isinstance(values, dict):
+            raise TypeError("its config is no table")
+    except (yaml.YAMLError, ValueError, RecursionError, KeyError, TypeError) as error:
         raise ConfigError(
             f"--model {file} is no model config: {error!r}. A YAML file needs the keys architecture and config, "
             f"a JSON file needs model_type."
         ) from error
     if name not in CONFIG_MAPPING:
         raise ConfigError(f"--model {file} asks for {name!r}, which the installed transformers does not know.")
-    return CONFIG_MAPPING[name].from_dict(values)
+    try:
+        return CONFIG_MAPPING[name].from_dict(values)
+    except Exception as error:
+        # transformers' own checks of a config's fields are of many kinds.
+        raise ConfigError(
+            f"--model {file} is no config of {name}: {type(error).__name__}: {str(error)[:300]}. Correct the file."
+        ) from error

@@ -31,6 +31,7 @@ from lightning_npu_tp.checkpoint.files import (
     unsealed_json,
 )
 from lightning_npu_tp.checkpoint.locks import Holder, hold
+from lightning_npu_tp.checkpoint.regular_files import is_plain_name, read_small, regular_size
 
 _NOTES = "cache.json"
 _FORMAT = 2
@@ -113,22 +114,25 @@ def _open(target: Path, *, quiet: bool = False) -> dict[str, Any] | None:
 def _checked(target: Path) -> dict[str, Any] | str:
     """What was told of a cache, or what is wrong with it."""
     try:
-        body = unsealed_json((target / _NOTES).read_bytes())
+        body = unsealed_json(read_small(target / _NOTES))
         if body is None or body["format"] != _FORMAT:
             return f"{_NOTES} does not fit its checksum"
         total = sum(len(file["blocks"]) for file in body["files"].values())
         step = max(1, -(-total // _MOST_BLOCKS))
         for name, file in body["files"].items():
             path = target / name
-            if path.stat().st_size != file["bytes"]:
-                return f"{name} has {path.stat().st_size} bytes instead of {file['bytes']}"
+            if not is_plain_name(name):
+                return f"{_NOTES} names a file outside of it"
+            if (size := regular_size(path)) != file["bytes"]:
+                return f"{name} has {size} bytes instead of {file['bytes']}"
             for number in range(0, len(file["blocks"]), step):
                 if crc32_of(path, number * _BLOCK, _BLOCK) != file["blocks"][number]:
                     return f"{name} does not fit its checksum at byte {number * _BLOCK}"
-        return body["told"]
+        told = body["told"]
+        return told if isinstance(told, dict) else f"{_NOTES} tells nothing of it"
     except OSError as error:
         return f"{Path(error.filename or target).name}: {error.strerror}"
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"{_NOTES} cannot be read: {error}"
 
 
