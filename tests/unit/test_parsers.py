@@ -43,9 +43,8 @@ NUMBERS = st.one_of(
     st.sampled_from([2**31, 2**53, 2**62, 2**63, 2**64, 10**30, 10**400, -(2**63), True, False, 0.5, 1e308]),
 )
 # Half a surrogate pair is a text to json, and to nothing else.
-TEXTS = st.one_of(
-    st.text(max_size=20), st.sampled_from(["", ".", "..", "../x", "/etc/passwd", "a\0b", "\ud800", "meta.pt"])
-)
+ODD = ["", ".", "..", "../x", "/etc/passwd", "a\0b", "\ud800", "meta.pt"]
+TEXTS = st.one_of(st.text(max_size=20), st.sampled_from(ODD))
 VALUES = st.recursive(
     st.one_of(st.none(), NUMBERS, TEXTS),
     lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(TEXTS, inner, max_size=4)),
@@ -269,14 +268,13 @@ def test_no_input_makes_a_parser_fail_hang_or_swell(name: str, tmp_path: Path) -
     assert seen >= INPUTS * 0.9
 
 
-@pytest.mark.parametrize(
-    "unit", ["tag[", "result", "ret ", "1", "1.", "::a", "HCCL function error: a::", "after 1", " ", "socket"]
-)
+@pytest.mark.parametrize("unit", ["tag[", "result", "1"])
 def test_an_error_text_of_a_megabyte_is_read_at_once(unit: str) -> None:
     for text in ((unit * 10**6)[: 10**6], unit + " " * 10**6, unit + "1" * 10**6):
-        start = time.process_time()
-        mentioned(text), called(text), reads_like_lost_peer(text), read_numbers(text)
-        assert time.process_time() - start < MOST_S
+        for read in (mentioned, called, reads_like_lost_peer, read_numbers):
+            start = time.process_time()
+            read(text)
+            assert time.process_time() - start < MOST_S, read.__name__
 
 
 def test_a_code_at_the_end_of_a_long_text_is_found() -> None:
