@@ -9,7 +9,7 @@ than what is on disk.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
@@ -125,7 +125,8 @@ def _records(content: bytes) -> Any:
     stack: list[Any] = []
     below: list[list[Any]] = []
     memo: dict[int, Any] = {}
-    for opcode, argument, _ in genops(content):
+    instructions: Iterator[tuple[Any, Any, Any]] = genops(content)
+    for opcode, argument, _ in instructions:
         name = opcode.name
         if name in _ARGUMENTS:
             stack.append(argument)

@@ -344,9 +344,9 @@ def _step_without_manifest(path: Path) -> float:
     # torch takes seconds to import, which a folder need not wait for.
     from lightning_npu_tp.checkpoint.reader import read_object
 
-    step = read_object(path if path.is_file() else path / REST_FILE, True, mapped=True)
+    step: Any = read_object(path if path.is_file() else path / REST_FILE, True, mapped=True)
     step = step.get("global_step") if isinstance(step, dict) else None
-    return step if _is_number(step) else -1
+    return float(step) if step is not None and _is_number(step) else -1.0
 
 
 def newest_complete(

@@ -38,6 +38,7 @@ from lightning_npu_tp.checkpoint.manifest import (
     archive_problem,
     is_before_manifests,
     packing_problem,
+    parse_manifest,
     read_manifest,
     verify,
 )
@@ -58,6 +59,24 @@ def open_checkpoint(path: Path, peers: Peers, *, checksums: bool) -> tuple[Path,
         return where, _opened(where, peers, checksums)
     except PeerFailure as failure:
         raise CheckpointError(f"The checkpoint {path} cannot be read: {failure.words()}. {WHAT_TO_DO}") from None
+
+
+def require_unchanged(path: Path, manifest: Manifest | None, peers: Peers) -> None:
+    """After a load: raise CheckpointError if another checkpoint has taken the name since `open_checkpoint`.
+
+    The ranks would have read parts of both, and both have the same shapes. Every rank calls it; None is not looked at.
+    """
+    if manifest is None:
+        return
+    try:
+        now = peers.main(lambda: asdict(parse_manifest(path)))
+    except (CheckpointError, PeerFailure):
+        now = {}
+    if now != asdict(manifest):
+        raise CheckpointError(
+            f"The checkpoint {path} was replaced or removed while it was read: a run saves under this name. Load one "
+            f"that stays, or start again once that run has ended."
+        )
 
 
 def _opened(path: Path, peers: Peers, checksums: bool) -> Manifest | None:

@@ -126,9 +126,10 @@ def load(
     checkpoint, for parameters that are missing or of another shape, and for content that could run code.
     """
     peers = peers or Peers()
-    path, _ = reader.open_checkpoint(path, peers, checksums=checksums)
+    path, manifest = reader.open_checkpoint(path, peers, checksums=checksums)
     state = reader.read_object(path, weights_only) if path.is_file() else reader.read_rest(path, weights_only)
     load_tensors(path, state, model, optimizers, strict=strict, peers=peers)
+    reader.require_unchanged(path, manifest, peers)
     return state
 
 

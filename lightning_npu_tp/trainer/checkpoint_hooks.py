@@ -297,11 +297,12 @@ class CheckpointHooks(ParallelStrategy):
             strict=self._module.strict_loading,
             peers=peers,
         )
+        if resumes and manifest is not None:
+            self._restore_rank_state(path, manifest, trusted, state)
+        reader.require_unchanged(path, manifest, peers)
         if settings.resume_weights_only and trainer.state.fn == TrainerFn.FITTING:
             rank_zero_info(f"Starting anew from the weights of {path} (strategy.resume_weights_only).")
             return training_state.without_progress(state, getattr(trainer, "datamodule", None))
-        if resumes and manifest is not None:
-            self._restore_rank_state(path, manifest, trusted, state)
         return state
 
     def leave_weights_to_checkpoint(self) -> None:

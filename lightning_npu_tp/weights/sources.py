@@ -11,9 +11,10 @@ import os
 import pickle
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from io import IOBase
 from math import prod
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -135,7 +136,7 @@ class FolderSource:
         file = self._path / info.relative_path
         try:
             with open_regular(file) as stream:
-                view: Any = _create_file_view(stream, info.offset, info.length)
+                view: Any = _create_file_view(cast(IOBase, stream), info.offset, info.length)
                 # On meta: strides and the place of the bytes, without the bytes.
                 if problem := packing_problem(stream, info.offset, info.length):
                     raise CheckpointError(f"{file} {problem}.")

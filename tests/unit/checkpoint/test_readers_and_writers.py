@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from lightning_npu_tp.checkpoint import locks, training_state, writer
+from lightning_npu_tp.checkpoint.files import remove_whole
 from lightning_npu_tp.checkpoint.locks import Holder, hold, holder_of, lock_file, reader_of, reading
 from lightning_npu_tp.checkpoint.manifest import Manifest, read_manifest, verify
 from lightning_npu_tp.checkpoint.peers import Peers
@@ -64,6 +65,21 @@ def test_an_error_says_the_checkpoints_own_path(tmp_path: Path) -> None:
         read_manifest(pinned)
     assert f"The checkpoint {tmp_path / 'a.ckpt'} is incomplete" in str(caught.value)
     assert "/proc/" not in "".join(look_at(tmp_path / "a.ckpt", checksums=True).problems)
+
+
+@pytest.mark.parametrize("how", ["replaced", "removed"])
+def test_ranks_that_load_notice_that_the_checkpoint_is_another_now(tmp_path: Path, monkeypatch: Any, how: str) -> None:
+    save(tmp_path / "last.ckpt", 1)
+    read = training_state.load_tensors
+
+    def slowly(*arguments: Any, **options: Any) -> None:
+        read(*arguments, **options)
+        save(tmp_path / "last.ckpt", 2) if how == "replaced" else remove_whole(tmp_path / "last.ckpt")
+
+    training_state.load(tmp_path / "last.ckpt", nn.Linear(8, 4), [], strict=True, weights_only=None)
+    monkeypatch.setattr(training_state, "load_tensors", slowly)
+    with pytest.raises(CheckpointError, match=r"last\.ckpt was replaced or removed while it was read"):
+        training_state.load(tmp_path / "last.ckpt", nn.Linear(8, 4), [], strict=True, weights_only=None)
 
 
 def test_what_is_kept_for_a_reader_that_died_goes_with_the_next_save(tmp_path: Path) -> None:
