@@ -124,7 +124,7 @@ def text(value: str) -> bytes:
 
 def nested(depth: int) -> bytes:
     """Tuples of tuples, each twice the one before: deep, and without end to whoever looks into both."""
-    return b")" + b"2\x86" * depth
+    return b")" + b"q\x01h\x01\x86" * depth
 
 
 def first_entry(index: Metadata) -> TensorStorageMetadata:
@@ -216,7 +216,6 @@ for name, opcodes in {
 }.items():
     attack(f"index {name}", lambda f, opcodes=opcodes: (f.before(opcodes), f.manifest()))
 for name, change in {
-    "points above": lambda i: all_paths(i, "../outside/secret"),
     "points to an absolute path": lambda i: all_paths(i, "/etc/hostname"),
     "points to the folder itself": lambda i: all_paths(i, "."),
     "points to a name with a zero byte": lambda i: all_paths(i, "a\0b"),
@@ -241,6 +240,14 @@ for name, change in {
     "has a place of another kind": lambda i: setattr(i, "planner_data", {NAME: ({"a": 1},)}),
 }.items():
     attack(f"index {name}", lambda f, change=change: (f.index(change), f.manifest()))
+attack(
+    "index points to a good shard above",
+    lambda f: (
+        shutil.copy(f.folder / "__0_0.distcp", f.outside / "shard"),
+        f.index(lambda i: all_paths(i, "../../outside/shard")),
+        f.manifest(),
+    ),
+)
 attack("index is no pickle", lambda f: (f.pickled(b"{}"), f.manifest()))
 attack("index is a number", lambda f: (f.pickled(pickle.dumps(5)), f.manifest()))
 
@@ -274,7 +281,7 @@ attack("manifest of gigabytes", lambda f: f.replace("manifest.json", lambda p: h
 # --- fields of the manifest --------------------------------------------------------------------------
 
 for name, entry in {
-    "../outside/secret": {},
+    "../../outside/secret": {},
     "/etc/hostname": {},
     "..": {},
     "a\0b": {},
@@ -364,7 +371,7 @@ EXPORTS = ("export",)
 KNOWN = {"name": "x", "source": None, "vocab_size": 3, "fingerprint": "x"}
 attack("tokenizer outside", lambda f: f.manifest(tokenizer=KNOWN | {"path": str(f.outside)}), EXPORTS)
 attack("tokenizer file outside", lambda f: f.manifest(tokenizer=KNOWN | {"path": str(f.outside / "secret")}), EXPORTS)
-attack("tokenizer above", lambda f: f.manifest(tokenizer=KNOWN | {"path": "../outside"}), EXPORTS)
+attack("tokenizer above", lambda f: f.manifest(tokenizer=KNOWN | {"path": "../../outside"}), EXPORTS)
 attack("tokenizer of the root", lambda f: f.manifest(tokenizer=KNOWN | {"path": "/"}), EXPORTS)
 attack(
     "tokenizer that is another file",
