@@ -199,14 +199,32 @@ def _take(file: Path, content: str, path: Path) -> Holder | None:
     """Take the lock, or say which live process has it."""
     while True:
         try:
-            descriptor = os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+            _make(file, content)
         except FileExistsError:
             if (holder := _remove_stale(file, path)) is not None:
                 return holder
             continue
+        return None
+
+
+def _make(file: Path, content: str) -> None:
+    """Make the lock, with its content at once: a process that is killed leaves none that says nothing.
+
+    Raises FileExistsError where there is one.
+    """
+    try:
+        descriptor = os.open(file.parent, os.O_TMPFILE | os.O_WRONLY, 0o644)
+    except OSError:
+        # Not every filesystem has files without a name.
+        descriptor = os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
         with os.fdopen(descriptor, "w") as stream:
             stream.write(content)
-        return None
+        return
+    with os.fdopen(descriptor, "w") as stream:
+        stream.write(content)
+        stream.flush()
+        # Python follows the link to the file only where a folder is given, which an absolute path makes no use of.
+        os.link(f"/proc/self/fd/{descriptor}", file, src_dir_fd=descriptor, follow_symlinks=True)
 
 
 def _remove_stale(file: Path, path: Path) -> Holder | None:

@@ -117,6 +117,32 @@ def test_a_process_of_another_host_that_lives_is_refused_in_the_end(tmp_path: Pa
         save(tmp_path / "a.ckpt", 1)
 
 
+@pytest.mark.parametrize("nameless", [True, False])
+def test_a_lock_says_whose_it_is_from_its_first_moment(tmp_path: Path, monkeypatch: Any, nameless: bool) -> None:
+    opened, linked = os.open, os.link
+
+    def without(path: Any, flags: int, *more: Any) -> int:
+        if flags & os.O_TMPFILE == os.O_TMPFILE:
+            raise OSError(95, "Operation not supported")
+        return opened(path, flags, *more)
+
+    def link(source: str, target: Path, **options: Any) -> None:
+        assert json.loads(Path(source).read_text())["pid"] == os.getpid(), "it is there before its content"
+        linked(source, target, **options)
+        made.append(target)
+
+    made: list[Path] = []
+    monkeypatch.setattr(os, "link", link)
+    if not nameless:
+        # A filesystem of a server may have no files without a name.
+        monkeypatch.setattr(os, "open", without)
+    with hold(tmp_path / "a.ckpt", "saving"):
+        assert holder_of(tmp_path / "a.ckpt") == Holder.me("saving")
+        with pytest.raises(CheckpointError, match="is saving it"), hold(tmp_path / "a.ckpt", "saving"):
+            pytest.fail("taken twice")
+    assert names(tmp_path) == [] and len(made) == nameless
+
+
 def test_twelve_take_a_stale_lock_at_once_and_one_wins(tmp_path: Path) -> None:
     lock = lock_file(tmp_path / "a.ckpt")
     lock.write_text(json.dumps(vars(Holder("another-host", 7, 0.0, "saving"))))
