@@ -333,7 +333,7 @@ for name, content in {
     "runs code": lambda f: writer.serialized({"global_step": Runs(f.outside / "ran")}),
     "unpacks to gigabytes": lambda f: packed({"a": torch.zeros(1 << 22)}),
     "asks for a bytearray of gigabytes": lambda f: pickled_inside(
-        b"\x80\x02}" + text("a") + b"cbuiltins\nbytearray\n\x8a\x05\x00\x00\x00\x00\x10\x85Rs."
+        b"\x80\x02}" + text("a") + b"cbuiltins\nbytearray\n\x8a\x05\x00\x00\x00\x40\x00\x85Rs."
     ),
     "is a list": lambda f: writer.serialized([1, 2]),
     "is no archive": lambda f: b"\x80\x02}.",
