@@ -172,6 +172,7 @@ _LONG = "takes minutes to hours, and means nothing beside other tests; run by ha
 NOT_RUN: dict[str, str] = {
     "pip install *": _INDEX,
     "make train*": "the set-up, then train.py, which tests run without make",
+    "make fuzz": "tests/unit/test_parsers.py is run with fewer inputs",
     "make test*": "it is what runs the tests",
     "make install-npu": _INDEX,
     "python train.py -m hydra/launcher=submitit_slurm *": "needs a SLURM queue; submitit_local was tried by hand",
@@ -179,8 +180,8 @@ NOT_RUN: dict[str, str] = {
     **{
         f"python benchmarks/{name}.py": _LONG
         for name in (
-            "moe_block training_step load_weights checkpoint_save kill_rounds resume_table proof_table losses_on_npu "
-            "mutations memory_arithmetic export_memory token_cache recompute_memory bf16_optimizer"
+            "moe_block training_step load_weights checkpoint_save kill_rounds kill_writers resume_table proof_table "
+            "losses_on_npu mutations memory_arithmetic export_memory token_cache recompute_memory bf16_optimizer"
         ).split()
     },
 }

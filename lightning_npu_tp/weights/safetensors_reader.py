@@ -210,8 +210,8 @@ def _checked(
         if start != position or stop - start != tensor.nbytes:
             raise _damaged(
                 file,
-                f"its header places {_short(name)} ({dtype} {_short(str(shape))}) at {start} to {stop}, "
-                f"where {position} to {_short(str(position + tensor.nbytes))} is due",
+                f"its header places {_short(name)} ({dtype} {_short(str(shape))}, {_short(str(tensor.nbytes))} bytes) "
+                f"at {start} to {stop}, where {position} to {_short(str(position + tensor.nbytes))} is due",
             )
         tensors[name] = tensor
         position = stop

@@ -25,9 +25,8 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, read_write
 from typing_extensions import override
 
-from lightning_npu_tp import ConfigError, LightningNPUTPError
+from lightning_npu_tp import CheckpointError, ConfigError, DataError, LightningNPUTPError
 from lightning_npu_tp.checkpoint.locks import hold, holder_of, patience
-from lightning_npu_tp.errors import CheckpointError, DataError
 
 CONFIG_FILE = "config.yaml"
 # What a run leaves in its folder. Not .hydra: a run refused for a wrong setting has got no further than that.

@@ -124,9 +124,11 @@ def test_what_users_read_and_copy_stays_on_the_surface() -> None:
         files += [file for file in (ROOT / folder).rglob("*") if file.suffix in (".py", ".yaml")]
     assert len(files) > 50
     found = {str(file.relative_to(ROOT)): names for file in files if (names := below_the_surface(file.read_text()))}
-    # The token cache writes a folder whole or not at all as checkpoints are written, and not by code of its own.
-    cache = found.pop("lit_models/data/cache.py")
-    assert all(name.startswith(("checkpoint.files.", "checkpoint.locks.")) for name in cache)
+    # The token cache writes a folder whole or not at all as checkpoints are written, and not by code of its own; the
+    # run folder is locked as they are.
+    shared = ("checkpoint.files.", "checkpoint.locks.", "checkpoint.regular_files.")
+    for file in ("lit_models/data/cache.py", "lit_models/run/run_folder.py"):
+        assert all(name.startswith(shared) for name in found.pop(file))
     assert not found
 
 
