@@ -6,8 +6,6 @@ tensors that its class saves, which of them are tied, its generation config.
 
 from __future__ import annotations
 
-import copy
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +19,7 @@ from lightning_npu_tp.errors import CheckpointError, ConfigError
 from lightning_npu_tp.models.families.family import ModelFamily
 from lightning_npu_tp.models.families.registry import FAMILIES
 from lightning_npu_tp.models.file_names import Piece, all_pieces
+from lightning_npu_tp.weights.hf_config import json_object, write_config, write_generation_config
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -139,24 +138,10 @@ def tokenizer_files(path: Path) -> list[Path]:
 
 def write_side_files(folder: Path, plan: Outline, dtype: torch.dtype, tokenizer: Path | None) -> None:
     """Write config.json, generation_config.json and the tokenizer's files into `folder`."""
-    config = copy.deepcopy(plan.config)
-    config.dtype = str(dtype).removeprefix("torch.")
-    config.architectures = [plan.class_name]
-    config.save_pretrained(folder)
-    if plan.generation_config is not None:
-        plan.generation_config.save_pretrained(folder)
-    if tokenizer is None:
-        return
-    for file in tokenizer_files(tokenizer):
+    write_config(folder, plan.config, class_name=plan.class_name, dtype=dtype)
+    for file in tokenizer_files(tokenizer) if tokenizer is not None else ():
         shutil.copyfile(file, folder / (file.name if file.name in _TOKENIZER_FILES else "tokenizer.json"))
-    beside = tokenizer / "generation_config.json"
-    if tokenizer.is_dir() and beside.is_file() and _model_type(tokenizer) == config.model_type:
-        # The folder that the model came from: its authors' settings are better than what the config says.
-        shutil.copyfile(beside, folder / beside.name)
-
-
-def _model_type(folder: Path) -> str | None:
-    try:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-    except (OSError, ValueError):
-        return None
+    model_type = json_object(tokenizer / "config.json").get("model_type") if tokenizer is not None else None
+    # The folder that the model came from.
+    published = tokenizer if model_type == plan.config.model_type else None
+    write_generation_config(folder, plan.generation_config, published)
