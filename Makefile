@@ -71,7 +71,7 @@ $(OLDER): $(OLDER_STAMP)
 
 # What a change needs to be trusted: each mechanism, each family and each layout once. ARGS (a folder, -k …) goes to the
 # first session, which is then alone, and has nothing left out.
-test: $(STAMP) $(if $(ARGS),,$(NPU_STAMP))
+test: $(STAMP) $(if $(ARGS),$(OLDER_STAMP),$(NPU_STAMP))
 ifneq ($(strip $(ARGS)),)
 	$(RUN) -m pytest $(ARGS)
 else

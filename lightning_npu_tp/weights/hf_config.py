@@ -31,7 +31,7 @@ def write_config(folder: Path, config: Any, *, class_name: str, dtype: torch.dty
         if name in values:
             values.setdefault(other, values[name])
     values |= _rope_of_transformers_4(values.get("rope_parameters"))
-    _write(folder / "config.json", values | {name: value for name, value in _FOR_USE.items() if name in values})
+    write_json(folder / "config.json", values | {name: value for name, value in _FOR_USE.items() if name in values})
 
 
 def _rope_of_transformers_4(rope: Any) -> dict[str, Any]:
@@ -57,7 +57,7 @@ def write_generation_config(folder: Path, generation_config: Any, published: Pat
         return
     if "use_cache" in values:
         values["use_cache"] = True
-    _write(folder / "generation_config.json", values)
+    write_json(folder / "generation_config.json", values)
 
 
 def told_of_readers(config: Any) -> list[str]:
@@ -80,5 +80,6 @@ def json_object(file: Path) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
-def _write(file: Path, values: dict[str, Any]) -> None:
-    file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+def write_json(file: Path, values: dict[str, Any]) -> None:
+    """Write an object as transformers writes its own."""
+    file.write_text(json.dumps(values, ensure_ascii=False, indent=2, sort_keys=True) + "\n", encoding="utf-8")

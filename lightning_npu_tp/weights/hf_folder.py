@@ -19,7 +19,7 @@ from lightning_npu_tp.errors import CheckpointError, ConfigError
 from lightning_npu_tp.models.families.family import ModelFamily
 from lightning_npu_tp.models.families.registry import FAMILIES
 from lightning_npu_tp.models.file_names import Piece, all_pieces
-from lightning_npu_tp.weights.hf_config import json_object, write_config, write_generation_config
+from lightning_npu_tp.weights.hf_config import json_object, write_config, write_generation_config, write_json
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -140,8 +140,28 @@ def write_side_files(folder: Path, plan: Outline, dtype: torch.dtype, tokenizer:
     """Write config.json, generation_config.json and the tokenizer's files into `folder`."""
     write_config(folder, plan.config, class_name=plan.class_name, dtype=dtype)
     for file in tokenizer_files(tokenizer) if tokenizer is not None else ():
-        shutil.copyfile(file, folder / (file.name if file.name in _TOKENIZER_FILES else "tokenizer.json"))
+        target = folder / (file.name if file.name in _TOKENIZER_FILES else "tokenizer.json")
+        if values := _tokenizer_config_of_both(file):
+            write_json(target, values)
+        else:
+            shutil.copyfile(file, target)
     model_type = json_object(tokenizer / "config.json").get("model_type") if tokenizer is not None else None
     # The folder that the model came from.
     published = tokenizer if model_type == plan.config.model_type else None
     write_generation_config(folder, plan.generation_config, published)
+
+
+def _tokenizer_config_of_both(file: Path) -> dict[str, Any]:
+    """A tokenizer_config.json that transformers 5 wrote, in words that 4.57 knows too; empty for any other file."""
+    values = json_object(file) if file.name == "tokenizer_config.json" else {}
+    tokens = values.get("extra_special_tokens")
+    if values.get("tokenizer_class") != "TokenizersBackend" and not isinstance(tokens, list):
+        return {}
+    if values.get("tokenizer_class") == "TokenizersBackend":
+        values["tokenizer_class"] = "PreTrainedTokenizerFast"
+        splitter = json_object(file.with_name("tokenizer.json")).get("pre_tokenizer") or {}
+        # 4.57 sets it to false in the splitter where it is not told otherwise.
+        values.setdefault("add_prefix_space", splitter.get("add_prefix_space", False))
+    if isinstance(tokens, list):
+        values["additional_special_tokens"] = values.pop("extra_special_tokens")
+    return values

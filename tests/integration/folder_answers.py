@@ -15,12 +15,13 @@ import torch
 import transformers
 
 from lightning_npu_tp.tools.testing.reference import float64_reference
+from lightning_npu_tp.weights.tokenizer_check import PROBE
 
 PROMPT = torch.randint(0, 128, (2, 40), generator=torch.Generator().manual_seed(3))
 
 
 def answer(folder: Path, *, mend: bool = True) -> dict[str, Any]:
-    """Logits, float64 [2, 40, V], greedy tokens, and whether generation caches.
+    """Logits, float64 [2, 40, V], greedy tokens, whether generation caches, and a text's ids with a tokenizer.
 
     mend: give DeepSeek-V2's attention of transformers 4.57 the factor that it leaves out.
     """
@@ -39,7 +40,12 @@ def answer(folder: Path, *, mend: bool = True) -> dict[str, Any]:
             logits = model(input_ids=PROMPT).logits
             tokens = model.generate(PROMPT[:, :6], max_new_tokens=6, do_sample=False, eos_token_id=None)
     cached = model.config.use_cache, model.generation_config.use_cache
-    return {"logits": logits, "tokens": tokens, "cached": cached, "version": transformers.__version__}
+    said = {"logits": logits, "tokens": tokens, "cached": cached, "version": transformers.__version__}
+    if (folder / "tokenizer.json").exists():
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        ids = [tokenizer(text)["input_ids"] for text in (PROBE, "river, rivers: mill <mill>")]
+        said["text"] = (ids, tokenizer.decode(ids[1]), tokenizer.all_special_tokens, tokenizer.chat_template)
+    return said
 
 
 def answers(folders: Path) -> dict[str, dict[str, Any]]:

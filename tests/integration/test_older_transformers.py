@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 from folder_answers import answers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from lightning_npu_tp.models.families.registry import FAMILIES
 from lightning_npu_tp.tools.testing.models import reference_model, tiny_config, tiny_deepseek_v2_grouped_config
@@ -34,6 +36,8 @@ LLAMA3 = {
 # Mixtral's default is the 8 of its tiny config; the other classes' are none of their tiny configs'.
 EXPERTS = {"mixtral": {"num_local_experts": 6}}
 DENSE = ("llama", "qwen2", "qwen3")
+# A class of tokenizers is registered for the first family, none for the other.
+WITH_TOKENIZER = ("qwen3_moe-published", "deepseek_v3-base")
 
 
 def configs() -> dict[str, Any]:
@@ -49,6 +53,19 @@ def configs() -> dict[str, Any]:
     return found
 
 
+def make_tokenizer(folder: Path) -> None:
+    """A byte-level tokenizer of 128 tokens with two special ones and a chat template, as transformers 5 saves it."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())[:90]
+    trainer = trainers.BpeTrainer(vocab_size=126, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(["river mill flour rivers"], trainer)
+    own = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", extra_special_tokens=["<mill>"])
+    own.chat_template = "{% for message in messages %}{{ message.content }}<end>{% endfor %}"
+    own.save_pretrained(folder)
+
+
 def export(config: Any, place: Path, out: Path) -> None:
     """Export a model of this config with random float64 weights, from a checkpoint as LitCausalLM leaves it."""
     model = reference_model(config)
@@ -57,13 +74,17 @@ def export(config: Any, place: Path, out: Path) -> None:
         "hyper_parameters": {"architecture": config.model_type, "config": config.to_diff_dict()},
     }
     torch.save(content, place)
-    done = export_checkpoint(place, out, with_tokenizer=False, verify=False)
+    with_tokenizer = out.name in WITH_TOKENIZER
+    tokenizer = place.with_name("tokenizer") if with_tokenizer else None
+    done = export_checkpoint(place, out, tokenizer=tokenizer, with_tokenizer=with_tokenizer, verify=with_tokenizer)
+    assert not done.differences, done.differences
     told = any("leaves mscale_all_dim=0.707 out" in note for note in done.notes)
     assert told == (out.name in ("deepseek_v2-published", "deepseek_v2-grouped")), out.name
 
 
 def test_transformers_4_57_says_of_an_export_what_transformers_5_says(tmp_path: Path) -> None:
     assert OLDER.is_dir(), "transformers 4.57 is not here: make build/transformers-4.57"
+    make_tokenizer(tmp_path / "tokenizer")
     for name, config in configs().items():
         export(config, tmp_path / "checkpoint", tmp_path / "folders" / name)
     script = [sys.executable, str(Path(__file__).with_name("folder_answers.py"))]
@@ -85,3 +106,4 @@ def test_transformers_4_57_says_of_an_export_what_transformers_5_says(tmp_path: 
             continue
         assert difference < 1e-10, (name, difference)
         assert torch.equal(found["tokens"], wanted["tokens"]), name
+        assert found.get("text") == wanted.get("text") and ("text" in wanted) == (name in WITH_TOKENIZER), name
