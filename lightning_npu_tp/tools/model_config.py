@@ -9,6 +9,8 @@ from typing import Any
 import yaml
 
 from lightning_npu_tp.errors import ConfigError
+from lightning_npu_tp.models.token_ids import require_padding_in_vocabulary
+from lightning_npu_tp.weights.safetensors_reader import told_of_adapter
 
 _CONFIG_FOLDER = Path("conf/model")
 
@@ -23,6 +25,8 @@ def read_model_config(model: str) -> Any:
     places = [Path(model), _CONFIG_FOLDER / model, _CONFIG_FOLDER / f"{model}.yaml"]
     places = [place / "config.json" if place.is_dir() else place for place in places]
     file = next((place for place in places if place.is_file()), None)
+    if file is None and (told := told_of_adapter(Path(model))):
+        raise ConfigError(f"--model {told}")
     if file is None:
         known = sorted(place.stem for place in _CONFIG_FOLDER.glob("*.yaml"))
         raise ConfigError(
@@ -43,4 +47,6 @@ def read_model_config(model: str) -> Any:
         ) from error
     if name not in CONFIG_MAPPING:
         raise ConfigError(f"--model {file} asks for {name!r}, which the installed transformers does not know.")
-    return CONFIG_MAPPING[name].from_dict(values)
+    config = CONFIG_MAPPING[name].from_dict(values)
+    require_padding_in_vocabulary(config, f"--model {file}")
+    return config

@@ -118,6 +118,13 @@ def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
     file.write_text('{"model_type": "bert"}')
     with pytest.raises(ConfigError, match="'bert' is not supported"):
         LitCausalLM(path=str(tmp_path))
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter/adapter_config.json").write_text("{}")
+    with pytest.raises(ConfigError, match="adapter holds an adapter .* and not the model"):
+        read_folder_config(str(tmp_path / "adapter"))
+    with pytest.raises(ConfigError, match="The model's config has pad_token_id=9, but its vocabulary of vocab_size=9 "):
+        LitCausalLM(architecture="llama", config={"vocab_size": 9, "pad_token_id": 9})
+    LitCausalLM(architecture="llama", config={"vocab_size": 9, "pad_token_id": 8})
     with pytest.raises(ConfigError, match="set model.path to a Hugging Face folder, or both"):
         LitCausalLM()
 
