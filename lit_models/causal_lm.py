@@ -236,6 +236,13 @@ def _plain(value: Any) -> Any:
 
 def read_folder_config(path: str) -> tuple[str, dict[str, Any]]:
     """model_type and the other values of a folder's config.json. Raises ConfigError for one that is no config."""
+    hub, separator, repository = path.partition("://")
+    if separator:
+        hub = f" --from {hub}" if hub == "modelscope" else ""
+        raise ConfigError(
+            f"model.path={path} is an address, and ranks fetch nothing. Run `lightning-npu-tp download {repository} FOLDER"
+            f"{hub}`, then set model.path=FOLDER."
+        )
     file = Path(path) / "config.json"
     if not file.exists() and (told := told_of_adapter(Path(path))):
         raise ConfigError(f"model.path={told}")

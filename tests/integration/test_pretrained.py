@@ -107,6 +107,9 @@ def test_code_in_a_folder_is_not_run_and_old_spellings_are_read(tmp_path: Path) 
 def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="config.json does not exist"):
         read_folder_config(str(tmp_path / "absent"))
+    for path, command in {"modelscope://a/b": "a/b FOLDER --from modelscope", "hf://a/b": "a/b FOLDER"}.items():
+        with pytest.raises(ConfigError, match=f"ranks fetch nothing. Run `lightning-npu-tp download {command}`"):
+            read_folder_config(path)
     file = tmp_path / "config.json"
     for text in ("{", "[]", "{}"):
         file.write_text(text)
