@@ -240,8 +240,8 @@ def read_folder_config(path: str) -> tuple[str, dict[str, Any]]:
     if separator:
         hub = f" --from {hub}" if hub == "modelscope" else ""
         raise ConfigError(
-            f"model.path={path} is an address, and ranks fetch nothing. Run `lightning-npu-tp download {repository} FOLDER"
-            f"{hub}`, then set model.path=FOLDER."
+            f"model.path={path} is an address, and ranks fetch nothing. Run `lightning-npu-tp download {repository} "
+            f"FOLDER{hub}`, then set model.path=FOLDER."
         )
     file = Path(path) / "config.json"
     if not file.exists() and (told := told_of_adapter(Path(path))):
