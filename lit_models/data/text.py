@@ -16,18 +16,11 @@ from typing_extensions import override
 
 from lightning_npu_tp import DataError
 from lit_models.data.cache import open_or_build
-from lit_models.data.documents import (
-    Document,
-    SourceFile,
-    find_files,
-    read_files,
-    read_stdlib,
-    split_point,
-    stdlib_files,
-)
+from lit_models.data.documents import Document, read_files, read_stdlib, split_point, stdlib_files
 from lit_models.data.encoding import Progress, Side, batches, cut_parts
 from lit_models.data.module import SequenceDataModule, as_list, at_least, digest, digest_of_files, digest_of_stream
 from lit_models.data.packing import PackedDataset
+from lit_models.data.source_files import SourceFile, find_files
 from lit_models.data.streams import StreamBuilder, TokenStream, open_stream
 from lit_models.data.tokenizers import Tokenizer, encode_all, fingerprint_of
 
@@ -36,9 +29,9 @@ class TextDataModule(SequenceDataModule):
     """Packed sequences of text; batches are dicts of int64 [batch_size, sequence_length], see `PackedDataset`.
 
     source:            "stdlib" (the running Python's own sources) or "text" (`paths`).
-    paths:             .txt, .jsonl, .parquet files, folders or glob patterns; for "text" only.
+    paths:             .txt, .jsonl, .json, .csv, .parquet and .arrow files, folders or glob patterns; for "text" only.
     val_paths:         the same, for validation; they are left out of `paths`, and `val_fraction` is unused.
-    text_key:          key (.jsonl) or column (.parquet) that holds the text.
+    text_key:          key or column that holds the text.
     tokenizer:         None for bytes, the path of a Hugging Face tokenizer, or any `Tokenizer`.
     eos_token:         end token of a Hugging Face tokenizer whose files name none.
     sequence_length:   tokens a sequence, at least 2.
@@ -150,10 +143,10 @@ class TextDataModule(SequenceDataModule):
             # and the validation files come first, so that reading stops when training has enough.
             return sorted(files, key=lambda file: split_point(self.seed, file.name)), []
         if not self.val_paths:
-            return find_files(self.paths), []
-        val_files = find_files(self.val_paths, setting="data.val_paths")
+            return find_files(self.paths, skipped=self._others), []
+        val_files = find_files(self.val_paths, setting="data.val_paths", skipped=self._others)
         held_out = {file.path.resolve() for file in val_files}
-        files = [file for file in find_files(self.paths) if file.path.resolve() not in held_out]
+        files = [file for file in find_files(self.paths, skipped=self._others) if file.path.resolve() not in held_out]
         if not files:
             raise DataError("data.val_paths names every file of data.paths. Leave at least one for training.")
         return files, val_files
@@ -245,7 +238,7 @@ class TextDataModule(SequenceDataModule):
         if total == 0 or empty.builder.num_documents:
             return []
         if total > 1:
-            index, name = full.lowest[1:] if full is train else full.highest[1:]
+            index, name = full.lowest[1:3] if full is train else full.highest[1:3]
             empty.builder.add(name, full.builder.pop(index)[1])
             return []
         length = full.builder.num_tokens - 1  # without eos
