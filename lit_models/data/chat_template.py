@@ -122,10 +122,12 @@ class ChatTemplate:
                 list(zip(wanted, rendered[at:], rendered[at + len(wanted) :], strict=False))
             ):
                 text = self._text(conversation, after)
-                if not texts[-1].text.startswith(text):
-                    texts.append(_Text(text))
                 begin = self._begin(conversation, messages, number, text, before)
-                texts[-1].spans.append((begin, self._end(text, begin)))
+                end = self._end_within(texts[-1].text, text, begin)
+                if end is None:
+                    texts.append(_Text(text))
+                    end = self._end(text, begin)
+                texts[-1].spans.append((begin, end))
                 left_out |= _unsaid(messages[number], text[begin:])
         samples = [self._sample(conversation, text) for text in reversed(texts) if text.spans]
         return [sample for sample in samples if sample.learn.any()], sorted(left_out)
@@ -166,6 +168,20 @@ class ChatTemplate:
         """Where a turn ends that goes from `begin` to the end of `text`: before the blanks behind its end token."""
         stripped = text.rstrip()
         return len(stripped) if len(stripped) > begin and stripped.endswith(self._ends) else len(text)
+
+    def _end_within(self, longer: str, text: str, begin: int) -> int | None:
+        """Where the last turn of `text` ends in a rendering of more messages; None if it is written otherwise there.
+
+        Some templates close a conversation with one more token, which is not there once it goes on.
+        """
+        if longer.startswith(text):
+            return self._end(text, begin)
+        same = text.rstrip()
+        while len(same) > begin and same.endswith(self._ends):
+            if longer.startswith(same):
+                return len(same)
+            same = same[: -max(len(token) for token in self._ends if same.endswith(token))].rstrip()
+        return None
 
     def _marked(
         self, conversation: Conversation, spans: list[tuple[int, int]], turns: list[int], wanted: list[int]
