@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from lightning_npu_tp import DataError
+from lightning_npu_tp.weights.tokenizer_check import difference_from_file
 
 
 class Tokenizer(Protocol):
@@ -212,7 +213,8 @@ def load_tokenizer(path: str | Path | None, *, eos_token: str | None = None) -> 
     Only local files are read and no code from the folder is run. A `tokenizer.json` that lies beside
     its `tokenizer_config.json` is loaded with it. `eos_token` names the end token where the files do not.
 
-    Raises DataError for a missing path, files that are no tokenizer, and a tokenizer without eos.
+    Raises DataError for a missing path, files that are no tokenizer, a tokenizer without eos, and one that transformers
+    loads as a class that encodes otherwise than its tokenizer.json.
     """
     if path is None:
         return ByteTokenizer()
@@ -249,12 +251,16 @@ def _load_files(path: Path) -> Any:
     try:
         if path.is_file():
             return PreTrainedTokenizerFast(tokenizer_file=str(path))
-        return AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+        otherwise = difference_from_file(tokenizer, path)
     except Exception as error:  # tokenizers raises bare Exception for a file that it cannot parse
         raise DataError(
             f"data.tokenizer={str(path)!r} cannot be loaded as a Hugging Face tokenizer: {error} "
             "Give a folder with tokenizer.json and tokenizer_config.json, or null for plain bytes."
         ) from error
+    if otherwise is not None:
+        raise DataError(f"data.tokenizer={str(path)!r}: {otherwise}.")
+    return tokenizer
 
 
 def check_vocabulary(tokenizer: Tokenizer, model_vocab_size: int) -> None:

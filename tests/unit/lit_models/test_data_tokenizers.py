@@ -133,6 +133,50 @@ def test_a_missing_path_is_named(tmp_path):
         load_tokenizer(tmp_path / "nowhere")
 
 
+def otherwise_split(folder):
+    """Byte-level files whose splitter is nobody's but theirs, as DeepSeek's is."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    bpe = Tokenizer(models.BPE())
+    own = pre_tokenizers.Split(Regex(r"[\r\n]|\s?\p{L}+"), "isolated")
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [own, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, special_tokens=[END], show_progress=False)
+    bpe.train_from_iterator([CHINESE * 5, "if n < 2:\n    return  12345, x [0]\n" * 20], trainer)
+    bpe.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        ({"tokenizer_class": "LlamaTokenizerFast", "auto_map": {"AutoTokenizer": [None, "own.Own"]}}, "LlamaTokenizer"),
+        ({"tokenizer_class": "Qwen2Tokenizer"}, "Qwen2Tokenizer"),
+    ],
+)
+def test_a_class_that_encodes_otherwise_than_the_file_is_an_error_that_names_it(tmp_path, config, name):
+    from lightning_npu_tp.tools.check_folder import read_tokenizer
+
+    otherwise_split(tmp_path)
+    settings = {"eos_token": END, "clean_up_tokenization_spaces": False}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**settings, **config}))
+    with pytest.raises(DataError, match=rf"loads it as {name}.*Set tokenizer_class .*PreTrainedTokenizerFast") as error:
+        load_tokenizer(tmp_path)
+    assert str(tmp_path) in str(error.value)
+    told = read_tokenizer(str(tmp_path), 400)
+    assert told.fault and told.ids is None and f"loads it as {name}" in told.line
+    # What the error says to do.
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({**settings, **config, "tokenizer_class": "PreTrainedTokenizerFast"})
+    )
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.decode(tokenizer.encode(CHINESE)) == CHINESE
+    assert not read_tokenizer(str(tmp_path), 400).fault
+
+
 def test_files_that_are_no_tokenizer_give_one_kind_of_error(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     for path in (tmp_path, tmp_path / "tokenizer.json"):

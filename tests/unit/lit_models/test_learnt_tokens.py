@@ -19,8 +19,8 @@ from lit_models.data.show import show_batch
 
 SPECIAL = (
     "<bos> <eos> <|im_start|> <|im_end|> <|User|> <|Assistant|> <|calls|> <|call|> <|sep|> <|/call|> <|/calls|> "
-    "<|outs|> <|out|> <|/out|> <|/outs|> <|start_header|> <|end_header|> <|eot|> <start_of_turn> <end_of_turn> <|user|> "
-    "<|assistant|> <|system|> <|end|>"
+    "<|outs|> <|out|> <|/out|> <|/outs|> <|start_header|> <|end_header|> <|eot|> <start_of_turn> <end_of_turn> "
+    "<|user|> <|assistant|> <|system|> <|end|>"
 ).split()
 
 
