@@ -157,10 +157,11 @@ class ChatTemplate:
         if at >= 0:
             header = header[: at + len(prompt)]
         if _WORDS not in text or not after.startswith(header):
+            why = "its header depends on what" if _WORDS in text else "it leaves out what"
             raise DataError(
                 f"{conversation.where}: message {number + 1} cannot be found in what the chat template {self.name} "
-                "writes, because its header depends on what the assistant says. Give a data.chat_template with "
-                "{% generation %} around what the assistant says."
+                f"writes: {why} the assistant says. Give a data.chat_template that writes it, with {{% generation %}} "
+                "around it."
             )
         return len(header)
 

@@ -1,7 +1,7 @@
 """Renders chat templates in a process of its own: run as a script by `rendering.Renderer`, imported by nobody.
 
 A template is a program from a stranger. Jinja's sandbox keeps it from files and attributes, but nothing inside of a
-process can end a long call of C (`9**9**9` while it compiles) or bound memory; so the process is given a limit of
+process can end a long call of C (`9**(9**9)` while it compiles) or bound memory; so the process is given a limit of
 memory and is killed by its parent when time is up. It imports transformers' renderer and nothing of this project.
 
 Requests and answers are JSON, each behind its length in 8 bytes. It ends with its parent, whose pipe closes then.
