@@ -123,11 +123,10 @@ class ChatTemplate:
             ):
                 text = self._text(conversation, after)
                 begin = self._begin(conversation, messages, number, text, before)
-                end = self._end_within(texts[-1].text, text, begin)
-                if end is None:
+                known = self._end_within(texts[-1].text, text, begin)
+                if known is None:
                     texts.append(_Text(text))
-                    end = self._end(text, begin)
-                texts[-1].spans.append((begin, end))
+                texts[-1].spans.append((begin, self._end(text, begin) if known is None else known))
                 left_out |= _unsaid(messages[number], text[begin:])
         samples = [self._sample(conversation, text) for text in reversed(texts) if text.spans]
         return [sample for sample in samples if sample.learn.any()], sorted(left_out)

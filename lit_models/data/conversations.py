@@ -230,7 +230,7 @@ def _calls(turn: dict[str, Any], where: str) -> list[dict[str, Any]]:
     wrapped = []
     for call in calls if isinstance(calls, list) else [None]:
         function = call.get("function", call) if isinstance(call, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        if not isinstance(call, dict) or not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise DataError(
                 f"{where}: 'tool_calls' is not a list of objects such as "
                 '{"type": "function", "function": {"name": ..., "arguments": ...}}. Repair or drop the sample.'

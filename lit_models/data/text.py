@@ -34,6 +34,8 @@ class TextDataModule(SequenceDataModule):
     text_key:          key or column that holds the text.
     tokenizer:         None for bytes, the path of a Hugging Face tokenizer, or any `Tokenizer`.
     eos_token:         end token of a Hugging Face tokenizer whose files name none.
+    add_bos:           begin each document with the tokenizer's begin token; otherwise a document has its own tokens and
+                       eos, nothing else.
     sequence_length:   tokens a sequence, at least 2.
     batch_size:        sequences a data rank takes per step.
     val_fraction:      share of the documents that validates, in [0, 1); 0 means no validation. A document
@@ -62,6 +64,7 @@ class TextDataModule(SequenceDataModule):
         text_key: str = "text",
         tokenizer: str | Path | Tokenizer | None = None,
         eos_token: str | None = None,
+        add_bos: bool = False,
         sequence_length: int = 256,
         batch_size: int = 8,
         val_fraction: float = 0.05,
@@ -99,6 +102,12 @@ class TextDataModule(SequenceDataModule):
             max_tokens=(max_tokens, sequence_length),
             max_val_tokens=(max_val_tokens, 2),
         )
+        self.bos_id: int | None = getattr(self.tokenizer, "bos_id", None) if add_bos else None
+        if add_bos and self.bos_id is None:
+            raise DataError(
+                f"data.add_bos=true, but the tokenizer {self.tokenizer.name!r} names no begin token (bos). Set "
+                "data.add_bos=false, or bos_token in its tokenizer_config.json."
+            )
         self.source = source
         self.paths = as_list(paths)
         self.val_paths = as_list(val_paths)
@@ -159,6 +168,7 @@ class TextDataModule(SequenceDataModule):
             "val_files": len(val_files),
             "tokenizer": fingerprint_of(self.tokenizer),
             "text_key": self.text_key,
+            "bos": self.bos_id,
             "split": [self.seed, self.val_fraction],
             "limits": [self.max_documents, self.max_tokens, self.max_val_tokens],
         }
@@ -194,6 +204,7 @@ class TextDataModule(SequenceDataModule):
             StreamBuilder(
                 vocab_size=self.vocab_size,
                 eos_id=self.tokenizer.eos_id,
+                bos_id=self.bos_id,
                 max_tokens=max_tokens,
                 max_documents=max_documents,
                 path=None if folder is None else folder / name,

@@ -29,6 +29,7 @@ class Tokenizer(Protocol):
     eos_id:     closes every document.
     pad_id:     fills the last sequence of a validation set; never a target.
 
+    An attribute `bos_id`, or None, is what data.add_bos puts before a document.
     A method `encode_batch(texts) -> list of arrays` is used where there is one. A method `place_to_cut(text)` says
     where the ids of a long text are those of its two parts, or None; files are then read in parts.
     """
@@ -120,6 +121,7 @@ class HuggingFaceTokenizer:
             self._fast.no_truncation()  # a file may ask for it, and documents must stay whole
             self._fast.no_padding()
         self.eos_id: int = tokenizer.eos_token_id
+        self.bos_id: int | None = tokenizer.bos_token_id
         # Padding is never a target, so eos serves where a tokenizer names no pad token (most causal models').
         self.pad_id: int = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         # Not len(tokenizer): ids added by hand may leave gaps, and the embedding must reach the largest one.

@@ -133,6 +133,80 @@ def test_a_missing_path_is_named(tmp_path):
         load_tokenizer(tmp_path / "nowhere")
 
 
+@pytest.mark.parametrize("val_fraction", [0, 0.5])
+def test_a_begin_token_stands_before_each_document_where_it_is_asked_for(folder, tmp_path, val_fraction):
+    for number in range(4):
+        (tmp_path / f"{number}.txt").write_text("train the model " * (number + 1))
+    settings = {"source": "text", "tokenizer": str(folder), "paths": tmp_path, "val_fraction": val_fraction}
+    plain, begun = (TextDataModule(sequence_length=8, add_bos=add, **settings) for add in (False, True))
+    for data in (plain, begun):
+        data.setup()
+    for name in ("train_set", "val_set"):
+        old, new = getattr(plain, name), getattr(begun, name)
+        if old is None:
+            continue
+        documents = np.split(old.stream.tokens, old.stream.starts[1:])
+        assert np.array_equal(new.stream.tokens, np.concatenate([[0, *document] for document in documents]))
+        assert np.array_equal(np.diff(new.stream.starts), np.diff(old.stream.starts) + 1)
+    assert plain.identity()["content"] != begun.identity()["content"]
+
+
+@pytest.mark.parametrize("seed", [0, 3])  # the lone document falls on either side
+def test_both_parts_of_a_lone_document_begin_with_one_begin_token(folder, tmp_path, seed):
+    (tmp_path / "a.txt").write_text("train the model " * 40)
+    settings = {"source": "text", "tokenizer": str(folder), "paths": tmp_path / "a.txt", "val_fraction": 0.5}
+    data = TextDataModule(sequence_length=8, add_bos=True, seed=seed, **settings)
+    data.setup()
+    parts = [side.stream.tokens.tolist() for side in (data.train_set, data.val_set)]
+    assert [(part[0], part.count(0), part[-1], part.count(1)) for part in parts] == [(0, 1, 1, 1)] * 2
+    assert data.tokenizer.decode([*parts[0], *parts[1]]) == "train the model " * 40
+
+
+def test_few_documents_leave_one_to_validate_on_with_one_begin_token(folder, tmp_path):
+    for number in range(2):
+        (tmp_path / f"{number}.txt").write_text("train the model " * 9)
+    settings = {"source": "text", "tokenizer": str(folder), "paths": tmp_path, "val_fraction": 0.001}
+    data = TextDataModule(sequence_length=8, add_bos=True, **settings)
+    data.setup()
+    assert [data.train_set.stream.tokens.tolist().count(0), data.val_set.stream.tokens.tolist().count(0)] == [1, 1]
+
+
+def test_a_begin_token_that_there_is_not_is_refused(tmp_path):
+    tokenizer = load_tokenizer(make_tokenizer(tmp_path))
+    tokenizer.bos_id = None
+    with pytest.raises(DataError, match=r"data\.add_bos=true, but the tokenizer .* names no begin token"):
+        TextDataModule(tokenizer=tokenizer, add_bos=True)
+
+
+def test_the_documented_way_of_adding_tokens_keeps_the_old_rows(folder, tmp_path):
+    import re
+    from pathlib import Path
+
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from lightning_npu_tp.tools.testing.models import tiny_config
+
+    page = (Path(__file__).parents[3] / "docs" / "data.md").read_text(encoding="utf-8")
+    code = re.search(r"## Adding tokens.*?```python\n(.*?)```", page, re.DOTALL)[1]
+    torch.manual_seed(0)
+    config = tiny_config("llama")
+    config.vocab_size = load_tokenizer(folder).vocab_size
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path / "old")
+    shutil.copytree(folder, tmp_path / "old", dirs_exist_ok=True)
+    old, new = str(tmp_path / "old"), str(tmp_path / "new")
+    exec(code.replace('"FOLDER"', repr(old)).replace('"NEW"', repr(new)), {})
+    tokenizer = load_tokenizer(new)
+    assert len(tokenizer.encode("a<|tool|>b<|result|>")) == 4
+    assert tokenizer.decode(tokenizer.encode(CHINESE)) == CHINESE
+    grown = AutoModelForCausalLM.from_pretrained(new)
+    check_vocabulary(tokenizer, grown.config.vocab_size)
+    assert grown.config.vocab_size == config.vocab_size + 2
+    kept = grown.get_input_embeddings().weight[: config.vocab_size]
+    assert torch.equal(kept, model.get_input_embeddings().weight)
+
+
 def otherwise_split(folder):
     """Byte-level files whose splitter is nobody's but theirs, as DeepSeek's is."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
