@@ -127,7 +127,8 @@ class ChatTemplate:
                 if known is None:
                     texts.append(_Text(text))
                 texts[-1].spans.append((begin, self._end(text, begin) if known is None else known))
-                left_out |= _unsaid(messages[number], text[begin:])
+                # What the prompt gives away of a turn is not left out.
+                left_out |= _unsaid(messages[number], text[max(0, begin - len(self._probe()[0])) :])
         samples = [self._sample(conversation, text) for text in reversed(texts) if text.spans]
         return [sample for sample in samples if sample.learn.any()], sorted(left_out)
 

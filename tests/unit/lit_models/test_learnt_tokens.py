@@ -348,3 +348,42 @@ def test_exactly_the_assistants_words_and_end_marks_are_learnt(tmp_path, tokeniz
     template, expected = TABLE[name]
     found = {shape: listed(tmp_path / "a.jsonl", record, tokenizer, template) for shape, record in SHAPES.items()}
     assert found == expected
+
+
+# The prompt gives the first words of a turn, and messages hold their thoughts in their text.
+QWQ = CHATML.replace(r"{{ '<|im_start|>assistant\n' }}", r"{{ '<|im_start|>assistant\n<think>\n' }}")
+# Asks for an answer behind questions alone; behind a tool's result the turn has its header all the same.
+ASKS_USERS = CHATML.replace(
+    "{% if add_generation_prompt %}", "{% if add_generation_prompt and messages[-1].role == 'user' %}"
+)
+COUNTS = CHATML.replace("m.role + '", "m.role + m.content|length|string + '")
+MUTE = CHATML.replace("{{ '<|im_start|>' + m.role", "{{ '' if m.role == 'assistant' else '<|im_start|>' + m.role")
+THOUGHT = {"messages": [user("2+2?"), says("<think>\nhm\n</think>\n\n4")]}
+
+
+@pytest.mark.parametrize(
+    ("template", "record", "expected"),
+    [
+        (QWQ, THOUGHT, "hm\n</think>\n\n4<|im_end|>"),
+        (R1, THOUGHT, "\n\n4<eos> - words of the assistant"),
+        (ASKS_USERS, SHAPES["calls"], PLAIN["calls"]),
+        (CHATML, {"messages": [user("a"), says("b"), says("c")]}, "b<|im_end|> & c<|im_end|>"),
+        (
+            QWEN3,
+            {"messages": [user("a"), says("b", weight=0), says("c", train=True)]},
+            "<think>\n\n</think>\n\nc<|im_end|>",
+        ),
+    ],
+)
+def test_turns_of_less_common_kinds(tmp_path, tokenizer, template, record, expected):
+    assert listed(tmp_path / "a.jsonl", record, tokenizer, template) == expected
+
+
+@pytest.mark.parametrize(("template", "why"), [(COUNTS, "its header depends on what"), (MUTE, "it leaves out what")])
+def test_a_turn_whose_words_cannot_be_told_from_its_header_is_refused(tmp_path, tokenizer, template, why):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": [says("Welcome"), user("hi")]}))
+    data = ChatDataModule(
+        paths=tmp_path / "a.jsonl", tokenizer=tokenizer, chat_template=template, sequence_length=99, val_fraction=0
+    )
+    with pytest.raises(DataError, match=rf"a\.jsonl' line 1: message 1 cannot be found .*: {why} the assistant says"):
+        data.setup()
