@@ -16,6 +16,8 @@ import struct
 import sys
 from typing import Any
 
+_MOST_CHARACTERS = 2**24  # of a text
+_MOST_SAID = 500  # characters of an error
 _MEMORY = 2**30  # bytes of address space, of which Python with transformers' renderer takes a quarter
 
 
@@ -45,10 +47,12 @@ def _answer(request: dict[str, Any]) -> list[dict[str, Any]]:
                 **request["special"],
             )
             texts, spans = rendered
+            if len(texts[0]) > _MOST_CHARACTERS:
+                raise ValueError(f"it writes {len(texts[0]):,} characters, more than the {_MOST_CHARACTERS:,} allowed")
             answers.append({"text": texts[0], "spans": spans[0] if request["marks"] else []})
         except Exception as error:  # a template may fail in every way that an expression of Python can
             line = getattr(error, "lineno", None)
-            said = str(error) or type(error).__name__
+            said = str(error)[:_MOST_SAID] or type(error).__name__
             kind = "" if type(error).__module__.startswith("jinja2") else f"{type(error).__name__}: "
             answers.append({"error": f"{kind}{said}" + (f" (line {line} of the template)" if line else "")})
     return answers
