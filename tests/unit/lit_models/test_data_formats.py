@@ -297,7 +297,7 @@ LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% end
         ("{{ 'x' | center(4000000000) }}", r"MemoryError"),
         ("{{ messages.__class__.__base__.__subclasses__() }}", r"refuses the sample: .*unsafe"),
         ("{% for m in messages %}{{ m.content }}", r"refuses the sample: .*\(line 1 of the template\)"),
-        ("{{ 'x' * 20000000 }}", r"refuses the sample: ValueError: it writes 20,000,000 characters"),
+        ("{{ messages[0].role * 5000000 }}", r"refuses the sample: ValueError: it writes 20,000,000 characters"),
         ("{{ raise_exception('x' * 9000000) }}", r"refuses the sample: xxx"),
         ("{{ 1 / 0 }}", r"refuses the sample: ZeroDivisionError"),
         ("{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}", r"refuses the sample: RecursionError"),
@@ -307,7 +307,8 @@ LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% end
 def test_a_template_is_bounded_in_time_and_memory_and_named_with_the_sample(
     tmp_path, tokenizer, template, message, monkeypatch
 ):
-    monkeypatch.setattr(rendering, "SECONDS", 1.0)
+    # The other limits are met at once, however busy the machine is.
+    monkeypatch.setattr(rendering, "SECONDS", 1.0 if "within" in message else 60.0)
     (tmp_path / "own.jinja").write_text(template)
     data = module(
         write(tmp_path / "a.jsonl", {"messages": [user("hi"), says("Hello")]}), tokenizer, str(tmp_path / "own.jinja")
@@ -316,4 +317,4 @@ def test_a_template_is_bounded_in_time_and_memory_and_named_with_the_sample(
     with pytest.raises(DataError, match=message) as error:
         data.setup()
     assert "a.jsonl' line 1" in str(error.value) and "own.jinja" in str(error.value)
-    assert len(str(error.value)) < 1200 and time.monotonic() - begin < 10
+    assert len(str(error.value)) < 1200 and time.monotonic() - begin < 60
