@@ -159,6 +159,13 @@ def test_every_kind_of_file_gives_the_same_records(tmp_path, tokenizer):
         assert plain.train_set.stream.num_documents == 3, path
 
 
+def test_a_field_of_csv_may_be_long(tmp_path):
+    (tmp_path / "a.csv").write_text(f'text\n"{"word " * 40_000}"\n')
+    data = TextDataModule(source="text", paths=tmp_path, val_fraction=0)
+    data.setup()
+    assert data.train_set.stream.num_tokens == 200_001
+
+
 @pytest.mark.parametrize("kind", ["text", "chat"])
 def test_files_of_other_kinds_are_counted_and_named_once(tmp_path, tokenizer, kind):
     folder = tmp_path / "data"
