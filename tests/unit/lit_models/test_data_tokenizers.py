@@ -9,6 +9,7 @@ import pytest
 
 from lightning_npu_tp.errors import DataError
 from lit_models.data import TextDataModule
+from lit_models.data.streams import StreamBuilder
 from lit_models.data.tokenizers import ByteTokenizer, check_vocabulary, load_tokenizer
 
 CHINESE = "深度学习：混合专家模型 DeepSeek-V2 在昇腾上训练。\n\tnaïve 🙂 café\r\n"
@@ -137,7 +138,8 @@ def test_a_missing_path_is_named(tmp_path):
 def test_a_begin_token_stands_before_each_document_where_it_is_asked_for(folder, tmp_path, val_fraction):
     for number in range(4):
         (tmp_path / f"{number}.txt").write_text("train the model " * (number + 1))
-    settings = {"source": "text", "tokenizer": str(folder), "paths": tmp_path, "val_fraction": val_fraction}
+    settings = {"source": "text", "tokenizer": str(folder), "paths": tmp_path / "*.txt", "val_fraction": val_fraction}
+    settings["cache_dir"] = tmp_path / "cache"  # of which neither may be taken for the other
     plain, begun = (TextDataModule(sequence_length=8, add_bos=add, **settings) for add in (False, True))
     for data in (plain, begun):
         data.setup()
@@ -149,6 +151,13 @@ def test_a_begin_token_stands_before_each_document_where_it_is_asked_for(folder,
         assert np.array_equal(new.stream.tokens, np.concatenate([[0, *document] for document in documents]))
         assert np.array_equal(np.diff(new.stream.starts), np.diff(old.stream.starts) + 1)
     assert plain.identity()["content"] != begun.identity()["content"]
+
+
+def test_a_document_that_comes_in_parts_has_one_begin_token():
+    builder = StreamBuilder(vocab_size=300, eos_id=1, bos_id=0)
+    for ids, ends in (([5, 6], False), ([7], False), ([], True), ([8], True)):
+        builder.add("a", ids, ends=ends)
+    assert builder.build().tokens.tolist() == [0, 5, 6, 7, 1, 0, 8, 1]
 
 
 @pytest.mark.parametrize("seed", [0, 3])  # the lone document falls on either side
