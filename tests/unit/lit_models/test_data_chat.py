@@ -320,3 +320,15 @@ def test_few_samples_leave_one_to_validate_on_and_a_lone_one_none(tmp_path, fold
     assert (data.train_set.stream.num_documents, data.val_set.stream.num_documents) == (1, 1)
     with pytest.raises(DataError, match="No conversation is left to validate on"):
         module(write(tmp_path / "b.jsonl", chat("a", "b")), folder, val_fraction=0.001).setup()
+
+
+def test_the_samples_of_one_conversation_stay_on_one_side(tmp_path, folder):
+    twice = chat("a", "think/say", "b", "muse/speak")
+    settings = {"chat_template": FORGETFUL, "val_fraction": 0.001}
+    with pytest.raises(DataError, match="No conversation is left to validate on"):
+        module(write(tmp_path / "a.jsonl", twice), folder, **settings).setup()
+    other = chat("c", "mull/tell", "d", "ask/answer")
+    data = module(write(tmp_path / "b.jsonl", twice, other), folder, **settings)
+    data.setup()
+    sides = [spell(data.tokenizer, side.stream.tokens.tolist()) for side in (data.train_set, data.val_set)]
+    assert sorted(sides) == ["u:aa:think/sayu:a!sayu:ba:muse/speak", "u:ca:mull/tellu:c!tellu:da:ask/answer"]
