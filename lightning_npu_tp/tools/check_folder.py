@@ -25,6 +25,7 @@ from lightning_npu_tp.tools.model_config import read_model_config
 from lightning_npu_tp.tools.prove import Plan, plan_of
 from lightning_npu_tp.tools.testing.models import random_batch
 from lightning_npu_tp.weights.hf_folder import tokenizer_files
+from lightning_npu_tp.weights.tokenizer_check import difference_from_file
 
 _PRECISIONS = {"float32": "32-true", "bfloat16": "bf16-true", "float64": "64-true"}
 # Python with torch and transformers.
@@ -114,10 +115,13 @@ def read_tokenizer(folder: str, vocabulary: int) -> Tokenizer:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         size = 1 + max(tokenizer.get_vocab().values())
         ids = tokenizer(_TEXT, add_special_tokens=False)["input_ids"]
+        otherwise = difference_from_file(tokenizer, Path(folder))
     except Exception as error:
         # A tokenizer is data of somebody else, and fails in whatever way it pleases.
         words = " ".join(str(error).split())[:300]
         return Tokenizer(f"cannot be loaded ({type(error).__name__}: {words}); random ids instead", None, True)
+    if otherwise is not None:
+        return Tokenizer(f"{otherwise}; random ids instead", None, True)
     line = f"{type(tokenizer).__name__}, {size:,} tokens; the model's vocabulary has {vocabulary:,}"
     if size > vocabulary:
         return Tokenizer(f"{line}: the model lacks ids from {vocabulary:,} on; random ids instead", None, True)

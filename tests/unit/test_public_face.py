@@ -127,6 +127,8 @@ def test_what_users_read_and_copy_stays_on_the_surface() -> None:
     # The token cache writes a folder whole or not at all as checkpoints are written, and not by code of its own.
     cache = found.pop("lit_models/data/cache.py")
     assert all(name.startswith(("checkpoint.files.", "checkpoint.locks.")) for name in cache)
+    # Which check `load_tokenizer` and the command `check` share.
+    assert found.pop("lit_models/data/tokenizers.py") == ["weights.tokenizer_check.difference_from_file"]
     assert not found
 
 
