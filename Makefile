@@ -10,6 +10,9 @@ export TORCH_DEVICE_BACKEND_AUTOLOAD ?= 0
 NPU_VENV ?= .venv-npu
 NPU_RUN := $(NPU_VENV)/bin/python
 NPU_STAMP := $(NPU_VENV)/.installed
+# transformers 4.57, which must read exported folders as transformers 5 does.
+OLDER := build/transformers-4.57
+OLDER_STAMP := $(OLDER)/.installed
 # What torch_npu says or does only once in a process must not have happened before: a session of their own.
 FIRST := tests/sim/test_operator_table.py tests/sim/test_opinfo.py
 SIMULATED := tests/sim tests/hardware $(FIRST:%=--ignore=%)
@@ -58,9 +61,17 @@ install-npu: $(NPU_STAMP)
 train: $(STAMP)
 	$(RUN) train.py $(ARGS)
 
+# Not an environment: it is put before the first one's packages, whose torch it uses.
+$(OLDER_STAMP): $(STAMP) constraints-4.57.txt
+	rm -rf $(OLDER)
+	$(RUN) -m pip install --quiet --no-deps --target $(OLDER) -r constraints-4.57.txt
+	@touch $(OLDER_STAMP)
+
+$(OLDER): $(OLDER_STAMP)
+
 # What a change needs to be trusted: each mechanism, each family and each layout once. ARGS (a folder, -k …) goes to the
 # first session, which is then alone, and has nothing left out.
-test: $(STAMP) $(if $(ARGS),,$(NPU_STAMP))
+test: $(STAMP) $(if $(ARGS),$(OLDER_STAMP),$(NPU_STAMP))
 ifneq ($(strip $(ARGS)),)
 	$(RUN) -m pytest $(ARGS)
 else
@@ -68,7 +79,7 @@ else
 endif
 
 # The full cross products beside it; which, is in tests/cross_products.py.
-test-all: $(STAMP) $(NPU_STAMP)
+test-all: $(STAMP) $(NPU_STAMP) $(OLDER_STAMP)
 	@$(SESSIONS) SELECT=full ARGS=
 
 # The simulated sessions also where the first fails.

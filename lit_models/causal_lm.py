@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_npu_tp import ConfigError, weights_from
+from lightning_npu_tp.weights.safetensors_reader import told_of_adapter
 from lit_models.metrics import TokenLoss, TokenPerplexity
 from lit_models.optim import NO_WEIGHT_DECAY, weight_decay_groups
 from lit_models.token_mean import TokenMean
@@ -235,7 +236,16 @@ def _plain(value: Any) -> Any:
 
 def read_folder_config(path: str) -> tuple[str, dict[str, Any]]:
     """model_type and the other values of a folder's config.json. Raises ConfigError for one that is no config."""
+    hub, separator, repository = path.partition("://")
+    if separator:
+        hub = f" --from {hub}" if hub == "modelscope" else ""
+        raise ConfigError(
+            f"model.path={path} is an address, and ranks fetch nothing. Run `lightning-npu-tp download {repository} "
+            f"FOLDER{hub}`, then set model.path=FOLDER."
+        )
     file = Path(path) / "config.json"
+    if not file.exists() and (told := told_of_adapter(Path(path))):
+        raise ConfigError(f"model.path={told}")
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
         architecture = values.pop("model_type")
@@ -262,6 +272,7 @@ def _model_config(architecture: str, values: dict[str, Any]) -> Any:
     from transformers import AutoConfig
 
     from lightning_npu_tp.models import supported
+    from lightning_npu_tp.models.token_ids import require_padding_in_vocabulary
 
     if architecture not in supported():
         raise ConfigError(
@@ -269,6 +280,8 @@ def _model_config(architecture: str, values: dict[str, Any]) -> Any:
         )
     try:
         # A copy: transformers writes into nested dictionaries, and the hyperparameters should stay what was given.
-        return AutoConfig.for_model(architecture, **_plain(values))
+        config = AutoConfig.for_model(architecture, **_plain(values))
     except (TypeError, ValueError, StrictDataclassError) as error:
         raise ConfigError(f"model.config is refused by transformers' {architecture} config: {error}") from error
+    require_padding_in_vocabulary(config, "The model's config")
+    return config

@@ -57,3 +57,23 @@ settle_remote() {
     remote=${remote_user:+$remote_user@}$remote_host
     quoted_path=$(printf %q "$remote_path")
 }
+
+# Sets `remote_place` to the real path of the folder there, with --delete as $1 if what is strange would be removed. The
+# other machine is asked, since only there `./.`, `//` and links are known for what they are. With --make as $2 it is
+# made. Ends with a mistake for what holds more than this tree; 1 if the machine or the folder is not to be had.
+resolve_remote_place() {
+    local code=0
+    # No single quotes in it: it travels between two of them, for the login shell there may be any.
+    # shellcheck disable=SC2016
+    local script='CDPATH=; [ "$3" != --make ] || mkdir -p -- "$1" || exit 1; cd -P -- "$1" || exit 1; place=$(pwd -P);
+        cd || exit 1; case "$(pwd -P)/" in "${place%/}/"*) exit 3 ;; esac;
+        [ "$2" != --delete ] || [ -f "$place/scripts/remote_options.sh" ] || [ -z "$(ls -A -- "$place")" ] || exit 4;
+        printf "%s\n" "$place"'
+    remote_place=$("${ssh_command[@]}" "$remote" "sh -c '$script' sh $quoted_path '$1' '$2'") || code=$?
+    case $code in
+        0) ;;
+        3) mistake "--path '$remote_path' is the home on $remote, or holds it: name a folder for this tree alone." ;;
+        4) mistake "--delete would remove what lies in '$remote_path' on $remote, which is no copy of this tree." ;;
+        *) return 1 ;;
+    esac
+}

@@ -9,7 +9,8 @@ usage="usage: scripts/sync_to_remote.sh [options]
 Copies this working tree with rsync over ssh. Data, checkpoints, runs, environments and .git stay here.
 
 $remote_options_help
-  --delete         remove files there that are no longer here; what is never copied is never removed
+  --delete         remove files there that are no longer here; what is never copied is never removed, and nothing
+                   where the folder there is no copy of this tree
   --dry-run        say what would be copied, and copy nothing
   --help"
 
@@ -44,15 +45,17 @@ options=(--archive --compress --protect-args --itemize-changes
 [ -z "$delete" ] || options+=(--delete)
 
 if [ -z "$dry_run" ]; then
-    "${ssh_command[@]}" "$remote" "mkdir -p -- $quoted_path && command -v rsync >/dev/null" || {
+    resolve_remote_place "${delete:+--delete}" --make &&
+        "${ssh_command[@]}" "$remote" "command -v rsync >/dev/null" || {
         echo "error: $remote cannot be reached, has no rsync, or will not have the folder $remote_path." >&2
         exit 1
     }
-    rsync "${options[@]}" -e "${ssh_command[*]}" "$root/" "$remote:$remote_path/"
-    echo "copied to $remote:$remote_path"
+    rsync "${options[@]}" -e "${ssh_command[*]}" "$root/" "$remote:$remote_place/"
+    echo "copied to $remote:$remote_place"
 elif "${ssh_command[@]}" "$remote" "test -d $quoted_path"; then
-    rsync "${options[@]}" -e "${ssh_command[*]}" "$root/" "$remote:$remote_path/"
-    echo "dry run: nothing was copied to $remote:$remote_path"
+    resolve_remote_place "${delete:+--delete}" "" || exit 1
+    rsync "${options[@]}" -e "${ssh_command[*]}" "$root/" "$remote:$remote_place/"
+    echo "dry run: nothing was copied to $remote:$remote_place"
 else
     echo "dry run: $remote:$remote_path would be made, and every file of this tree copied"
 fi

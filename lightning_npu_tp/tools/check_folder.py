@@ -25,6 +25,7 @@ from lightning_npu_tp.tools.model_config import read_model_config
 from lightning_npu_tp.tools.prove import Plan, plan_of
 from lightning_npu_tp.tools.testing.models import random_batch
 from lightning_npu_tp.weights.hf_folder import tokenizer_files
+from lightning_npu_tp.weights.tokenizer_check import difference_from_file
 
 _PRECISIONS = {"float32": "32-true", "bfloat16": "bf16-true", "float64": "64-true"}
 # Python with torch and transformers.
@@ -40,20 +41,13 @@ def folder_config(model: str) -> Any:
 
     Raises ConfigError for what is no such folder, or holds quantised weights.
     """
-    from huggingface_hub.errors import StrictDataclassError
-
     if not Path(model).is_dir():
         what = "is a file" if Path(model).exists() else "does not exist"
         raise ConfigError(
             f"--model {model} {what}. Give the Hugging Face folder that holds config.json and the safetensors files; "
             f"`lightning-npu-tp download` fetches one, `lightning-npu-tp prove` needs a config only."
         )
-    try:
-        config = read_model_config(model)
-    except (StrictDataclassError, TypeError, ValueError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(f"--model {model} has a config.json that transformers refuses: {error}") from error
+    config = read_model_config(model)
     if (quantised := getattr(config, "quantization_config", None)) is not None:
         kind = quantised.get("quant_method", "of an unknown kind") if isinstance(quantised, dict) else "quantised"
         raise ConfigError(
@@ -114,10 +108,13 @@ def read_tokenizer(folder: str, vocabulary: int) -> Tokenizer:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         size = 1 + max(tokenizer.get_vocab().values())
         ids = tokenizer(_TEXT, add_special_tokens=False)["input_ids"]
+        otherwise = difference_from_file(tokenizer, Path(folder))
     except Exception as error:
         # A tokenizer is data of somebody else, and fails in whatever way it pleases.
         words = " ".join(str(error).split())[:300]
         return Tokenizer(f"cannot be loaded ({type(error).__name__}: {words}); random ids instead", None, True)
+    if otherwise is not None:
+        return Tokenizer(f"{otherwise}; random ids instead", None, True)
     line = f"{type(tokenizer).__name__}, {size:,} tokens; the model's vocabulary has {vocabulary:,}"
     if size > vocabulary:
         return Tokenizer(f"{line}: the model lacks ids from {vocabulary:,} on; random ids instead", None, True)

@@ -9,6 +9,8 @@ from typing import Any
 import yaml
 
 from lightning_npu_tp.errors import ConfigError
+from lightning_npu_tp.models.token_ids import require_padding_in_vocabulary
+from lightning_npu_tp.weights.safetensors_reader import told_of_adapter
 
 _CONFIG_FOLDER = Path("conf/model")
 
@@ -23,6 +25,8 @@ def read_model_config(model: str) -> Any:
     places = [Path(model), _CONFIG_FOLDER / model, _CONFIG_FOLDER / f"{model}.yaml"]
     places = [place / "config.json" if place.is_dir() else place for place in places]
     file = next((place for place in places if place.is_file()), None)
+    if file is None and (told := told_of_adapter(Path(model))):
+        raise ConfigError(f"--model {told}")
     if file is None:
         known = sorted(place.stem for place in _CONFIG_FOLDER.glob("*.yaml"))
         raise ConfigError(
@@ -46,9 +50,12 @@ def read_model_config(model: str) -> Any:
     if name not in CONFIG_MAPPING:
         raise ConfigError(f"--model {file} asks for {name!r}, which the installed transformers does not know.")
     try:
-        return CONFIG_MAPPING[name].from_dict(values)
+        config = CONFIG_MAPPING[name].from_dict(values)
     except Exception as error:
         # transformers' own checks of a config's fields are of many kinds.
         raise ConfigError(
-            f"--model {file} is no config of {name}: {type(error).__name__}: {str(error)[:300]}. Correct the file."
+            f"--model {file.parent} has a {file.name} that transformers refuses: {type(error).__name__}: "
+            f"{str(error)[:500]}. Correct the file."
         ) from error
+    require_padding_in_vocabulary(config, f"--model {file}")
+    return config

@@ -27,6 +27,7 @@ from lightning_npu_tp.checkpoint.tokenizer_files import GENERATION_FILE, HERE, T
 from lightning_npu_tp.errors import CheckpointError, ConfigError
 from lightning_npu_tp.models.families.family import ModelFamily
 from lightning_npu_tp.weights.hf_compare import compare_files, compare_reloaded, too_large_to_reload
+from lightning_npu_tp.weights.hf_config import told_of_readers
 from lightning_npu_tp.weights.hf_folder import Outline, outline, tokenizer_files, write_side_files
 from lightning_npu_tp.weights.row_runs import file_rows
 from lightning_npu_tp.weights.safetensors_shards import Shards
@@ -144,7 +145,7 @@ def export_source(
         tensors=len(tensors),
         weight_bytes=shards.weight_bytes,
         dtype=str(main).removeprefix("torch."),
-        notes=[*notes, *_left_out(source, plan)],
+        notes=[*notes, *_left_out(source, plan), *told_of_readers(plan.config)],
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     with hold(out, "saving"):

@@ -6,7 +6,6 @@ tensors that its class saves, which of them are tied, its generation config.
 
 from __future__ import annotations
 
-import copy
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,11 +15,12 @@ from typing import Any
 import torch
 
 from lightning_npu_tp.checkpoint.identity import misfits
-from lightning_npu_tp.checkpoint.tokenizer_files import GENERATION_FILE, TOKENIZER_FILES, model_type, tokenizer_files
+from lightning_npu_tp.checkpoint.tokenizer_files import TOKENIZER_FILES, model_type, tokenizer_files
 from lightning_npu_tp.errors import CheckpointError, ConfigError
 from lightning_npu_tp.models.families.family import ModelFamily
 from lightning_npu_tp.models.families.registry import FAMILIES
 from lightning_npu_tp.models.file_names import Piece, all_pieces
+from lightning_npu_tp.weights.hf_config import json_object, write_config, write_generation_config, write_json
 
 
 @dataclass(frozen=True)
@@ -112,22 +112,32 @@ def _prefix(available: Mapping[str, Any], first: str) -> str:
 
 def write_side_files(folder: Path, plan: Outline, dtype: torch.dtype, tokenizer: Path | None) -> None:
     """Write config.json, generation_config.json and the tokenizer's files into `folder`."""
-    config = copy.deepcopy(plan.config)
-    config.dtype = str(dtype).removeprefix("torch.")
-    config.architectures = [plan.class_name]
-    config.save_pretrained(folder)
-    if plan.generation_config is not None:
-        plan.generation_config.save_pretrained(folder)
-    if tokenizer is None:
-        return
-    for file in tokenizer_files(tokenizer):
-        shutil.copyfile(file, folder / (file.name if file.name in TOKENIZER_FILES else "tokenizer.json"))
-    beside = tokenizer / GENERATION_FILE
-    if tokenizer.is_dir() and beside.is_file() and _is_of_this_model(tokenizer, config.model_type):
-        # The folder that the model came from: its authors' settings are better than what the config says.
-        shutil.copyfile(beside, folder / beside.name)
+    write_config(folder, plan.config, class_name=plan.class_name, dtype=dtype)
+    for file in tokenizer_files(tokenizer) if tokenizer is not None else ():
+        target = folder / (file.name if file.name in TOKENIZER_FILES else "tokenizer.json")
+        if values := _tokenizer_config_of_both(file):
+            write_json(target, values)
+        else:
+            shutil.copyfile(file, target)
+    published = None
+    if tokenizer is not None and tokenizer.is_dir():
+        # The folder that the model came from; a checkpoint took the file over for its model, without a config.json.
+        is_carried = not (tokenizer / "config.json").exists()
+        published = tokenizer if is_carried or model_type(tokenizer) == plan.config.model_type else None
+    write_generation_config(folder, plan.generation_config, published)
 
 
-def _is_of_this_model(tokenizer: Path, own: str) -> bool:
-    # A checkpoint has taken the file over for this model, and has no config.json.
-    return not (tokenizer / "config.json").exists() or model_type(tokenizer) == own
+def _tokenizer_config_of_both(file: Path) -> dict[str, Any]:
+    """A tokenizer_config.json that transformers 5 wrote, in words that 4.57 knows too; empty for any other file."""
+    values = json_object(file) if file.name == "tokenizer_config.json" else {}
+    tokens = values.get("extra_special_tokens")
+    if values.get("tokenizer_class") != "TokenizersBackend" and not isinstance(tokens, list):
+        return {}
+    if values.get("tokenizer_class") == "TokenizersBackend":
+        values["tokenizer_class"] = "PreTrainedTokenizerFast"
+        splitter = json_object(file.with_name("tokenizer.json")).get("pre_tokenizer") or {}
+        # 4.57 sets it to false in the splitter where it is not told otherwise.
+        values.setdefault("add_prefix_space", splitter.get("add_prefix_space", False))
+    if isinstance(tokens, list):
+        values["additional_special_tokens"] = values.pop("extra_special_tokens")
+    return values

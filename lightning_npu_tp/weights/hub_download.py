@@ -1,5 +1,7 @@
 """Fetch a model from the Hugging Face hub, or a mirror, into a plain folder, and check every file's hash.
 
+What is ModelScope's alone is in modelscope_download.py.
+
 Only what loading needs: safetensors and their index, config, generation config, tokenizer. The same weights in other
 formats are left alone. huggingface_hub fetches, and tries again where a connection breaks; that what has come is what
 was listed, and no more, is looked after here. Nothing here runs code from the repository.
@@ -101,15 +103,6 @@ def list_repository(
     with _explained(repo_id, revision, endpoint):
         # Without a time-out the client waits for ever.
         info = api.model_info(repo_id, revision=revision, files_metadata=True, timeout=HF_HUB_DOWNLOAD_TIMEOUT)
-    siblings = info.siblings or []
-    wanted = [file for file in siblings if is_wanted(file.rfilename)]
-    if not any(file.rfilename.endswith(".safetensors") for file in wanted):
-        others = sorted({Path(file.rfilename).suffix for file in siblings} & {".bin", ".pt", ".pth", ".gguf", ".onnx"})
-        raise ConfigError(
-            f"{repo_id} (revision {revision}) holds no safetensors"
-            f"{', only ' + ', '.join(others) if others else ''}. Files of other formats are not loaded, since they can "
-            f"run code; look for a revision or a repository of the same model with model.safetensors."
-        )
     files = [
         RemoteFile(
             name=file.rfilename,
@@ -117,9 +110,23 @@ def list_repository(
             sha256=file.lfs.sha256 if file.lfs else None,
             git_hash=file.blob_id if not file.lfs else None,
         )
-        for file in sorted(wanted, key=lambda file: file.rfilename)
+        for file in info.siblings or []
     ]
-    return Listing(repo_id, str(info.sha), files, sorted(file.rfilename for file in siblings if file not in wanted))
+    return listing_of(repo_id, revision, str(info.sha), files)
+
+
+def listing_of(repo_id: str, revision: str, commit: str, files: Iterable[RemoteFile]) -> Listing:
+    """What would be fetched of a repository with these files. Raises ConfigError for one without safetensors."""
+    every = sorted(files, key=lambda file: file.name)
+    wanted = [file for file in every if is_wanted(file.name)]
+    if not any(file.name.endswith(".safetensors") for file in wanted):
+        others = sorted({Path(file.name).suffix for file in every} & {".bin", ".pt", ".pth", ".gguf", ".onnx"})
+        raise ConfigError(
+            f"{repo_id} (revision {revision}) holds no safetensors"
+            f"{', only ' + ', '.join(others) if others else ''}. Files of other formats are not loaded, since they can "
+            f"run code; look for a revision or a repository of the same model with model.safetensors."
+        )
+    return Listing(repo_id, commit, wanted, [file.name for file in every if file not in wanted])
 
 
 def require_space(listing: Listing, folder: Path) -> int:
@@ -139,22 +146,41 @@ def _has_size(path: Path, size: int) -> bool:
     return path.is_file() and path.stat().st_size == size
 
 
+def getter(listing: Listing, *, endpoint: str | None, token: str | None) -> Callable[[RemoteFile, Path], None]:
+    """What fetches one file of the listing into a folder, no more than its size."""
+    from huggingface_hub import hf_hub_download
+
+    def get(file: RemoteFile, folder: Path) -> None:
+        with _explained(listing.repo_id, listing.commit, endpoint, folder / file.name):
+            hf_hub_download(
+                listing.repo_id,
+                file.name,
+                revision=listing.commit,
+                local_dir=folder,
+                endpoint=endpoint,
+                token=token,
+                # A file that is there and damaged would be taken for good.
+                force_download=True,
+                tqdm_class=_bar_that_ends_at(file.bytes),
+            )
+
+    return get
+
+
 def fetch(
     listing: Listing,
     folder: Path,
+    get: Callable[[RemoteFile, Path], None],
     *,
-    endpoint: str | None = None,
-    token: str | None = None,
     tell: Callable[[str], None] = lambda line: None,
 ) -> None:
     """Fetch the files that are missing or not right, one after the other; a call after an interruption goes on.
 
+    get:  fetches one file into the folder; of the hub that the listing is of.
     tell: is told each file when it is there, and whether its hash was compared.
     Raises CheckpointError that names a file which is broken off, or not what the hub says it is, and for a folder into
     which another process is downloading.
     """
-    from huggingface_hub import hf_hub_download
-
     folder.mkdir(parents=True, exist_ok=True)
     with hold(folder.absolute(), "downloading"):
         for left in folder.glob(".cache/huggingface/download/*.incomplete"):
@@ -163,18 +189,7 @@ def fetch(
         for number, file in enumerate(listing.files, start=1):
             path = folder / file.name
             if not _is_right(path, file):
-                with _explained(listing.repo_id, listing.commit, endpoint, path):
-                    hf_hub_download(
-                        listing.repo_id,
-                        file.name,
-                        revision=listing.commit,
-                        local_dir=folder,
-                        endpoint=endpoint,
-                        token=token,
-                        # A file that is there and damaged would be taken for good.
-                        force_download=True,
-                        tqdm_class=_bar_that_ends_at(file.bytes),
-                    )
+                get(file, folder)
                 _require_right(path, file)
             how = "verified" if file.has_hash else "its size is right, the hub gives no hash"
             tell(f"{number}/{len(listing.files)} {file.name}: {size_in_words(file.bytes)}, {how}")

@@ -24,10 +24,11 @@ from lightning_npu_tp.checkpoint.peers import PeerFailure, Peers
 from lightning_npu_tp.convert.weight_source import Target, mark, source_of
 from lightning_npu_tp.errors import CheckpointError, ConfigError
 from lightning_npu_tp.models.file_names import Bounds, KeyTable, Piece
-from lightning_npu_tp.weights.safetensors_reader import SliceReader, StoredTensor, WeightFiles, open_folder
+from lightning_npu_tp.weights.safetensors_reader import MERGE, SliceReader, StoredTensor, WeightFiles, open_folder
 
 _SHOWN = 10
 _LINE_EVERY_S = 10.0
+_QUANTISED = "It is quantised: take the unquantised weights, or convert it to bfloat16 first."
 
 
 def weights_from(model: nn.Module, folder: str | Path) -> None:
@@ -167,6 +168,11 @@ def _planned(
         for piece in pieces:
             stored = files.tensors[piece.key]
             used[piece.key] = name
+            if target.tensor.is_floating_point() and not stored.dtype.is_floating_point:
+                raise CheckpointError(
+                    f"{piece.key} in {stored.file} holds whole numbers ({str(stored.dtype).removeprefix('torch.')}) "
+                    f"where the {family} model has real ones. {_QUANTISED}"
+                )
             if stored.shape != piece.shape:
                 misshapen.append(f"{piece.key} has shape {list(stored.shape)}, the model wants {list(piece.shape)}")
                 continue
@@ -213,17 +219,35 @@ def _what_is_wrong(
         parts.append(f"{len(misshapen)} have another shape ({_shortened(misshapen, '; ')})")
     if left_over:
         parts.append(f"{len(left_over)} have no place in the model ({_shortened(left_over)})")
-    if {f"model.{key}" for key in left_over} & set(missing):
+    prefix = _prefix_of(left_over, set(missing))
+    if any(".lora_" in key or ".base_layer." in key for key in left_over):
+        repair = f"It holds a LoRA adapter that is not merged with its model: {MERGE} of PEFT writes one that loads."
+    elif prefix:
+        repair = (
+            f"The names begin with {prefix!r}, which what wrapped the model when it was saved has added: save "
+            f"the model inside, with its save_pretrained."
+        )
+    elif {f"model.{key}" for key in left_over} & set(missing):
         repair = "It looks like the decoder alone, without its head: save the model for causal language modelling."
     elif missing == ["lm_head.weight"]:
         repair = "If its head shares the embedding, set tie_word_embeddings to true in the model's config."
     elif any(key.endswith(("_scale_inv", ".scales", ".qweight", ".weight_scale")) for key in left_over):
-        repair = "It is quantised: take the unquantised weights, or convert it to bfloat16 first."
+        repair = _QUANTISED
     elif misshapen and not missing:
         repair = "Take the sizes of the model's config from the config.json of that folder (model.path does)."
     else:
         repair = "Is it a model of this kind, and is its config.json the one that the model was built with?"
     return f"The weights in {files.folder} do not fit the {family} model: {'; '.join(parts)}. {repair}"
+
+
+def _prefix_of(names: Sequence[str], wanted: set[str]) -> str:
+    """What stands before a wanted name in all of `names`; empty where that is nothing, or not the same."""
+    found = set()
+    for name in names:
+        parts = name.split(".")
+        ends = (number for number in range(1, len(parts)) if ".".join(parts[number:]) in wanted)
+        found.add(".".join(parts[: next(ends, 0)]))
+    return f"{found.pop()}." if len(found) == 1 and "" not in found else ""
 
 
 def _shortened(items: Sequence[str], separator: str = ", ") -> str:

@@ -25,6 +25,8 @@ from lightning_npu_tp.errors import CheckpointError
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+ADAPTER_FILE = "adapter_config.json"
+MERGE = "PeftModel.from_pretrained(BASE, ADAPTER).merge_and_unload().save_pretrained(…)"
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -45,6 +47,10 @@ _MAX_DIMS, _MAX_SIZE = 64, 2**63 - 1
 _MAX_SHOWN = 300
 _OTHER_KINDS = (".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 _AGAIN = "Download it again: `lightning-npu-tp download` resumes and verifies."
+_ANEW = (
+    "Index and files are not of one kind. Download the folder again, or, if it was put together or changed here, write "
+    "it anew where it was made: save_pretrained of transformers writes an index that fits."
+)
 
 
 @dataclass(frozen=True)
@@ -91,6 +97,11 @@ def open_folder(folder: Path | str) -> WeightFiles:
     index, single = folder / INDEX_FILE, folder / SINGLE_FILE
     if _is_there(index):
         tensors = _read_index(index)
+        if _is_there(single) and not any(tensor.file == single for tensor in tensors.values()):
+            raise CheckpointError(
+                f"{folder} holds two models' weights: {SINGLE_FILE}, which transformers would load, and those of "
+                f"{INDEX_FILE}, which other programs would. Remove the one that is not meant."
+            )
     elif _is_there(single):
         tensors = read_header(single)
     else:
@@ -107,6 +118,8 @@ def _is_there(path: Path) -> bool:
 
 def _why_nothing(folder: Path) -> str:
     names = sorted(entry.name for entry in folder.iterdir())
+    if told := told_of_adapter(folder):
+        return told
     if loose := [name for name in names if name.endswith(".safetensors")]:
         return (
             f"{folder} holds {len(loose)} safetensors files ({loose[0]}, …), but neither {INDEX_FILE} nor "
@@ -119,6 +132,21 @@ def _why_nothing(folder: Path) -> str:
             f"AutoModelForCausalLM.from_pretrained(…).save_pretrained(…) of transformers writes safetensors."
         )
     return f"{folder} holds no weights: neither {INDEX_FILE} nor {SINGLE_FILE} ({len(names)} other files). {_AGAIN}"
+
+
+def told_of_adapter(folder: Path) -> str:
+    """What to do with a folder that holds a PEFT adapter and no model; empty for another folder."""
+    file = folder / ADAPTER_FILE
+    if not file.is_file() or (folder / INDEX_FILE).is_file() or (folder / SINGLE_FILE).is_file():
+        return ""
+    try:
+        base = json.loads(file.read_bytes())["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError):
+        base = "its base model"
+    return (
+        f"{folder} holds an adapter ({ADAPTER_FILE}) and not the model that it belongs to, {base}. Merge the two where "
+        f"PEFT is installed: {MERGE} writes a folder that can be used here."
+    )
 
 
 def _read_index(index: Path) -> dict[str, StoredTensor]:
@@ -143,13 +171,19 @@ def _read_index(index: Path) -> dict[str, StoredTensor]:
             raise CheckpointError(f"{index} names the file {name}, which is missing. {_AGAIN}")
         for key, tensor in read_header(file).items():
             if key in found:
-                raise CheckpointError(f"The tensor {key} is in {found[key].file.name} and in {name}. {_AGAIN}")
+                raise CheckpointError(
+                    f"Two files of {index.parent} hold {key}: {found[key].file.name} and {name}. {_ANEW}"
+                )
             found[key] = tensor
     for key, name in where.items():
         if key not in found or found[key].file.name != name:
-            raise CheckpointError(f"{index} says that {key} is in {name}, but it is not. {_AGAIN}")
+            raise CheckpointError(f"{index} says that {key} is in {name}, but it is not. {_ANEW}")
     if extra := sorted(found.keys() - where.keys()):
-        raise CheckpointError(f"{found[extra[0]].file} holds {extra[0]}, which {index.name} does not name. {_AGAIN}")
+        more = f" and {len(extra) - 1} more tensors" if len(extra) > 1 else ""
+        raise CheckpointError(
+            f"{found[extra[0]].file} holds {extra[0]}{more}, which {index.name} does not name, so that some programs "
+            f"would load it and others not. {_ANEW}"
+        )
     return found
 
 

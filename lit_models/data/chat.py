@@ -7,21 +7,24 @@ order and position are the base class's.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from typing_extensions import override
 
 from lightning_npu_tp import DataError
 from lit_models.data.cache import open_or_build
-from lit_models.data.conversations import ChatTemplate, Conversation, MessageKeys, read_conversations
-from lit_models.data.documents import SourceFile, find_files, split_point
+from lit_models.data.chat_template import ChatTemplate, Sample
+from lit_models.data.conversations import Conversation, MessageKeys, read_conversations
+from lit_models.data.documents import split_point
 from lit_models.data.encoding import Progress, Side
 from lit_models.data.module import SequenceDataModule, as_list, at_least, digest, digest_of_files, digest_of_stream
+from lit_models.data.rendering import kept
 from lit_models.data.samples import SampleDataset
+from lit_models.data.source_files import SourceFile, find_files
 from lit_models.data.streams import StreamBuilder, TokenStream, open_stream
 from lit_models.data.tokenizers import Tokenizer, fingerprint_of
 
@@ -31,16 +34,17 @@ _MOST_NAMES = 5
 class ChatDataModule(SequenceDataModule):
     """Packed conversations; batches are dicts of int64 [batch_size, sequence_length], see `SampleDataset`.
 
-    paths:           .jsonl and .parquet files, folders or glob patterns; a conversation a line or row.
+    paths:           .jsonl, .json, .csv, .parquet and .arrow files, folders or glob patterns.
     val_paths:       the same, for validation; they are left out of `paths`, and `val_fraction` is unused.
-    messages_key, role_key, content_key: where a record holds its messages, a message its role and its text.
-    role_names:      the files' names for system, user, assistant, tool; human and gpt are known.
+    messages_key, role_key, content_key: where a record holds its messages, a message its role and its text; None for
+                     what is recognised, see `conversations`.
+    role_names:      the files' names for system, user, assistant, tool; ShareGPT's are known.
     tokenizer:       path of a Hugging Face tokenizer with a chat template.
     chat_template:   another template: a file, the template itself, or the name of one of several.
     train_on:        "all" assistant turns or the "last" alone.
     pack:            several conversations a sequence; false gives each its own, padded.
     too_long:        "drop" or "truncate" (to its first tokens) a conversation longer than a sequence.
-    max_samples:     at most so many training conversations.
+    max_samples:     at most so many training samples; a conversation is one, or several, see `chat_template`.
 
     The other settings are those of `TextDataModule`.
     Raises DataError, with the setting to change or the file and line to repair, on construction or in `setup`.
@@ -51,9 +55,9 @@ class ChatDataModule(SequenceDataModule):
         *,
         paths: str | Path | Sequence[str | Path],
         val_paths: str | Path | Sequence[str | Path] | None = None,
-        messages_key: str = "messages",
-        role_key: str = "role",
-        content_key: str = "content",
+        messages_key: str | None = None,
+        role_key: str | None = None,
+        content_key: str | None = None,
         role_names: Mapping[str, str] | None = None,
         tokenizer: str | Path | Tokenizer | None = None,
         eos_token: str | None = None,
@@ -101,15 +105,16 @@ class ChatDataModule(SequenceDataModule):
         self.too_long = too_long
         self.max_samples = max_samples
         self._left_out: dict[str, list[str]] = {}
+        self._formats: Counter[str] = Counter()
 
     @override
     def setup(self, stage: str | None = None) -> None:
         """Read, encode and pack both sets, once; every stage uses the same two."""
         if self.train_set is not None:
             return
-        val_files = find_files(self.val_paths, setting="data.val_paths") if self.val_paths else []
+        val_files = find_files(self.val_paths, setting="data.val_paths", skipped=self._others) if self.val_paths else []
         held_out = {file.path.resolve() for file in val_files}
-        files = [file for file in find_files(self.paths) if file.path.resolve() not in held_out]
+        files = [file for file in find_files(self.paths, skipped=self._others) if file.path.resolve() not in held_out]
         if not files:
             raise DataError("data.val_paths names every file of data.paths. Leave at least one for training.")
         self._files = digest_of_files(files)
@@ -123,6 +128,7 @@ class ChatDataModule(SequenceDataModule):
             ]
             self._notes.append(f"tokens in {folder}")
         self._skipped.update(told["skipped"])
+        self._notes += told["notes"]
         self._content = told["content"]
         self._pack(*sides)
 
@@ -145,21 +151,31 @@ class ChatDataModule(SequenceDataModule):
         """Both sides' streams, in `folder` or memory, and what is told of them."""
         train, validation = self._side("train", folder, self.max_samples), self._side("validation", folder)
         progress = Progress(sum(file.path.stat().st_size for file in [*files, *val_files]))
-        self._left_out = {}
+        self._left_out, self._formats = {}, Counter()
         try:
-            if val_files:
-                self._fill(read_conversations(val_files, self.keys), validation, validation, 0.0, progress)
-                self._fill(read_conversations(files, self.keys), train, train, 0.0, progress)
-            else:
-                self._fill(read_conversations(files, self.keys), train, validation, self.val_fraction, progress)
-                if self.val_fraction > 0:
-                    _give_each_side_one(train, validation)
+            with kept():
+                if val_files:
+                    self._fill(
+                        read_conversations(val_files, self.keys, self._formats), validation, validation, 0.0, progress
+                    )
+                    self._fill(read_conversations(files, self.keys, self._formats), train, train, 0.0, progress)
+                else:
+                    self._fill(
+                        read_conversations(files, self.keys, self._formats),
+                        train,
+                        validation,
+                        self.val_fraction,
+                        progress,
+                    )
+                    if self.val_fraction > 0:
+                        _give_each_side_one(train, validation)
             streams = [side.builder.build() for side in (train, validation)]
         finally:
             train.builder.close()
             validation.builder.close()
         progress.end()
-        return streams, {"skipped": self._counted(), "content": digest_of_stream(streams[0])}
+        notes = [f"{count:,} conversations read as {name}" for name, count in sorted(self._formats.items())]
+        return streams, {"skipped": self._counted(), "notes": notes, "content": digest_of_stream(streams[0])}
 
     def _side(self, name: str, folder: Path | None, max_samples: int | None = None) -> Side:
         path = None if folder is None else folder / name
@@ -175,40 +191,47 @@ class ChatDataModule(SequenceDataModule):
             point = split_point(self.seed, conversation.name)
             side = validation if point < fraction else train
             if not side.builder.full:
-                sample = self._sample(conversation)
-                if sample is not None:
-                    side.builder.add(conversation.name, sample[0], learn=sample[1])
-                    side.note(conversation.name, point)
-                    progress.add(
-                        sum(len(m.get("content", "")) for m in conversation.messages), train.builder.num_tokens
+                samples, left_out = self.template.encode(conversation)
+                for what in left_out:
+                    self._leave_out(f"conversations of which the chat template leaves out {what}", conversation)
+                if not samples:
+                    self._leave_out("samples with nothing to learn from", conversation)
+                if len(samples) > 1:
+                    self._leave_out(
+                        "conversations learnt in several samples, each as far as its last turn", conversation
                     )
+                for sample in samples:
+                    if (fitting := self._fitting(sample, conversation)) is not None:
+                        side.builder.add(conversation.name, fitting.ids, learn=fitting.learn)
+                side.note(conversation.name, point)
+                characters = sum(len(message["content"]) for message in conversation.messages)
+                progress.add(characters, train.builder.num_tokens)
             if train.builder.full and (validation.builder.full or fraction == 0):
                 return
 
-    def _sample(self, conversation: Conversation) -> tuple[np.ndarray, np.ndarray] | None:
-        """Ids and marks of a conversation that fits and teaches something; otherwise it is noted why not."""
-        ids, learn = self.template.encode(conversation)
+    def _fitting(self, sample: Sample, conversation: Conversation) -> Sample | None:
+        """The sample, or its beginning, if it fits and teaches something; otherwise it is noted why not."""
         size = self.sequence_length
-        reason = None
-        if not learn.any():
-            reason = "nothing to learn from"
-        elif len(ids) > size and self.too_long == "drop":
-            reason = f"more than data.sequence_length={size} tokens"
-        elif not learn[:size].any():
-            reason = f"nothing to learn from in their first {size} tokens"
-        if reason is not None:
-            self._left_out.setdefault(f"with {reason}", []).append(conversation.name)
+        if len(sample.ids) <= size:
+            return sample
+        if self.too_long == "drop":
+            self._leave_out(f"samples with more than data.sequence_length={size} tokens", conversation)
             return None
-        if len(ids) > size:
-            self._left_out.setdefault(f"cut to data.sequence_length={size} tokens", []).append(conversation.name)
-        return ids[:size], learn[:size]
+        if not sample.learn[:size].any():
+            self._leave_out(f"samples with nothing to learn from in their first {size} tokens", conversation)
+            return None
+        self._leave_out(f"samples cut to data.sequence_length={size} tokens", conversation)
+        return Sample(sample.ids[:size], sample.learn[:size])
+
+    def _leave_out(self, what: str, conversation: Conversation) -> None:
+        self._left_out.setdefault(what, []).append(conversation.name)
 
     def _counted(self) -> dict[str, int]:
         """What `summary` says: reason and the first names -> how many."""
         counted = {}
         for why, names in self._left_out.items():
             more = ", …" if len(names) > _MOST_NAMES else ""
-            counted[f"samples {why}: {', '.join(names[:_MOST_NAMES])}{more}"] = len(names)
+            counted[f"{why}: {', '.join(names[:_MOST_NAMES])}{more}"] = len(names)
         return counted
 
     def _pack(self, train: TokenStream, validation: TokenStream) -> None:
@@ -235,7 +258,7 @@ class ChatDataModule(SequenceDataModule):
     def summary(self) -> str:
         """Samples, tokens, sequences and what was left out, a line a set; builds the sets if need be."""
         self.setup()
-        marks = "marked by the template" if self.template.marks else "found by prefixes"
+        marks = "marked by the template" if self.template.marks else "found in the rendered text"
         lines = [
             f"data: chat, tokenizer {self.tokenizer.name} ({self.vocab_size} ids), {self.train_on} assistant turns "
             f"{marks}"
@@ -254,10 +277,11 @@ class ChatDataModule(SequenceDataModule):
 
 
 def _give_each_side_one(train: Side, validation: Side) -> None:
-    """Few samples may all fall on one side: move the nearest one over; a lone one stays, and `_pack` says so."""
+    """Few conversations may all fall on one side: move the nearest over; a lone one stays, and `_pack` says so."""
     full, empty = (train, validation) if train.builder.num_documents else (validation, train)
-    if full.builder.num_documents < 2 or empty.builder.num_documents:
+    _, first, name, count = full.lowest if full is train else full.highest
+    if full.builder.num_documents <= count or empty.builder.num_documents:
         return
-    index, name = full.lowest[1:] if full is train else full.highest[1:]
-    _, ids, learn = full.builder.pop_learnt(index)
-    empty.builder.add(name, ids, learn=learn)
+    for _ in range(count):
+        _, ids, learn = full.builder.pop_learnt(first)
+        empty.builder.add(name, ids, learn=learn)

@@ -18,23 +18,29 @@ _BATCH_DOCUMENTS = 512
 
 @dataclass
 class Side:
-    """One side of the split: its builder, and the documents nearest to the other side: (split point, index, name)."""
+    """One side of the split: its builder, and what is nearest to the other side.
+
+    lowest, highest: (split point, index of its first document, name, number of its documents).
+    """
 
     builder: StreamBuilder
-    lowest: tuple[float, int, str] = (2.0, 0, "")
-    highest: tuple[float, int, str] = (-1.0, 0, "")
+    lowest: tuple[float, int, str, int] = (2.0, 0, "", 0)
+    highest: tuple[float, int, str, int] = (-1.0, 0, "", 0)
     noted: int = 0
 
     def note(self, name: str, point: float) -> None:
-        """Look at a document that was offered; one that is empty or not yet whole is not a document of the builder."""
-        place = self.builder.num_documents - 1
-        if place < self.noted:
+        """Look at what was offered since the last call, which is split by `name` as one.
+
+        What is empty or not yet whole is not a document of the builder.
+        """
+        place, count = self.noted, self.builder.num_documents - self.noted
+        if count <= 0:
             return
-        self.noted = place + 1
+        self.noted += count
         if point < self.lowest[0]:
-            self.lowest = (point, place, name)
+            self.lowest = (point, place, name, count)
         if point > self.highest[0]:
-            self.highest = (point, place, name)
+            self.highest = (point, place, name, count)
 
 
 def batches(

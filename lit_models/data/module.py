@@ -25,9 +25,9 @@ from typing_extensions import override
 
 from lightning_npu_tp import DataError
 from lit_models.data.cache import default_folder
-from lit_models.data.documents import SourceFile
 from lit_models.data.order import EpochSampler
 from lit_models.data.position import PositionedLoader, count_batches_as_done, load_late_states
+from lit_models.data.source_files import SourceFile
 from lit_models.data.streams import TokenStream
 from lit_models.data.tokenizers import Tokenizer, fingerprint_of, load_tokenizer
 
@@ -104,6 +104,7 @@ class SequenceDataModule(LightningDataModule):
             tokenizer = load_tokenizer(tokenizer, eos_token=eos_token)
         self.tokenizer: Tokenizer = tokenizer
         self._skipped: Counter[str] = Counter()
+        self._others: Counter[str] = Counter()  # files that are not read
         self._notes: list[str] = []
         self._files = ""  # digest of the files' names and sizes
         self._content = ""  # digest of the training tokens
@@ -207,7 +208,7 @@ class SequenceDataModule(LightningDataModule):
         }
 
     def _summary_end(self) -> list[str]:
-        lines = [f"  skipped: {count} {what}" for what, count in sorted(self._skipped.items())]
+        lines = [f"  skipped: {count} {what}" for what, count in sorted((self._skipped + self._others).items())]
         return lines + [f"  note: {note}" for note in self._notes]
 
 

@@ -111,6 +111,7 @@ class StreamBuilder:
     The document that reaches `max_tokens` is cut so that it, closed with eos, ends exactly there.
 
     eos_id: closes each document; None where documents close themselves.
+    bos_id: begins each document; None for none.
     learn:  keep for each token whether it is to be predicted.
     path:   files `path.tokens`, `path.starts` and `path.learn` instead of memory.
     """
@@ -120,6 +121,7 @@ class StreamBuilder:
         *,
         vocab_size: int,
         eos_id: int | None,
+        bos_id: int | None = None,
         max_tokens: int | None = None,
         max_documents: int | None = None,
         learn: bool = False,
@@ -134,6 +136,7 @@ class StreamBuilder:
             for name, dtype in column_types(vocab_size, learn=learn).items()
         }
         self._eos_id = eos_id
+        self._bos_id = bos_id
         self._max_tokens = max_tokens
         self._max_documents = max_documents
         self._open = 0  # tokens of a document of which only parts came yet
@@ -145,7 +148,7 @@ class StreamBuilder:
         return tokens_full or (self._max_documents is not None and self.num_documents >= self._max_documents)
 
     def add(self, name: str, ids: ArrayLike, *, learn: ArrayLike | None = None, ends: bool = True) -> bool:
-        """Append a document's ids [tokens], without eos; False, and no change, if it is empty or this is full.
+        """Append a document's ids [tokens], without eos and bos; False, and no change, if it is empty or this is full.
 
         learn: [tokens] of 0 and 1, where this keeps them.
         ends:  false for a part of a document that others follow; eos comes after the last.
@@ -153,6 +156,8 @@ class StreamBuilder:
         ids = np.asarray(ids)
         if self.full or (ends and len(ids) == 0 and not self._open):
             return False
+        if self._bos_id is not None and len(ids) and not self._open:
+            ids = np.concatenate([[self._bos_id], ids])
         room = len(ids) if self._max_tokens is None else self._max_tokens - self.num_tokens - 1
         closes = ends or (self._max_tokens is not None and len(ids) >= room)
         ids = ids[:room]
@@ -176,12 +181,12 @@ class StreamBuilder:
         self._columns[column].append(values)
 
     def pop(self, index: int) -> tuple[str, np.ndarray]:
-        """Take a document out again: its name ("" with `path`) and its ids without eos."""
+        """Take a document out again: its name ("" with `path`) and its ids without eos and bos."""
         name, ids, _ = self.pop_learnt(index)
         return name, ids
 
     def pop_learnt(self, index: int) -> tuple[str, np.ndarray, np.ndarray | None]:
-        """Take document `index` out again: its name, its ids without eos, and which of them are to be predicted."""
+        """Take document `index` out again: its name, its ids without eos and bos, and which are to be predicted."""
         starts = np.array(self._columns["starts"].read())
         begin = int(starts[index])
         end = int(starts[index + 1]) if index + 1 < len(starts) else self.num_tokens
@@ -193,11 +198,15 @@ class StreamBuilder:
         self._append("starts", starts[index + 1 :] - (end - begin))
         self.num_tokens -= end - begin
         self.num_documents -= 1
-        ids = taken["tokens"] if self._eos_id is None else taken["tokens"][:-1]
+        ids = taken["tokens"][self._bos_id is not None : None if self._eos_id is None else -1]
         return self.names.pop(index) if self._in_memory else "", ids, taken.get("learn")
 
     def give_part(self, begin: int, end: int, other: StreamBuilder, name: str) -> None:
-        """Move ids [begin:end] of the only document to `other`, as a document there; a buffer at a time."""
+        """Move ids [begin:end] of the only document to `other`, as a document there; a buffer at a time.
+
+        Its bos stays, and `other` gives the part one of its own.
+        """
+        begin = max(begin, int(self._bos_id is not None))
         ids = self._columns["tokens"].read()
         for at in range(begin, end, _BUFFER):
             other.add(name, ids[at : min(at + _BUFFER, end)], ends=at + _BUFFER >= end)

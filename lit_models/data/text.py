@@ -16,18 +16,11 @@ from typing_extensions import override
 
 from lightning_npu_tp import DataError
 from lit_models.data.cache import open_or_build
-from lit_models.data.documents import (
-    Document,
-    SourceFile,
-    find_files,
-    read_files,
-    read_stdlib,
-    split_point,
-    stdlib_files,
-)
+from lit_models.data.documents import Document, read_files, read_stdlib, split_point, stdlib_files
 from lit_models.data.encoding import Progress, Side, batches, cut_parts
 from lit_models.data.module import SequenceDataModule, as_list, at_least, digest, digest_of_files, digest_of_stream
 from lit_models.data.packing import PackedDataset
+from lit_models.data.source_files import SourceFile, find_files
 from lit_models.data.streams import StreamBuilder, TokenStream, open_stream
 from lit_models.data.tokenizers import Tokenizer, encode_all, fingerprint_of
 
@@ -36,11 +29,13 @@ class TextDataModule(SequenceDataModule):
     """Packed sequences of text; batches are dicts of int64 [batch_size, sequence_length], see `PackedDataset`.
 
     source:            "stdlib" (the running Python's own sources) or "text" (`paths`).
-    paths:             .txt, .jsonl, .parquet files, folders or glob patterns; for "text" only.
+    paths:             .txt, .jsonl, .json, .csv, .parquet and .arrow files, folders or glob patterns; for "text" only.
     val_paths:         the same, for validation; they are left out of `paths`, and `val_fraction` is unused.
-    text_key:          key (.jsonl) or column (.parquet) that holds the text.
+    text_key:          key or column that holds the text.
     tokenizer:         None for bytes, the path of a Hugging Face tokenizer, or any `Tokenizer`.
     eos_token:         end token of a Hugging Face tokenizer whose files name none.
+    add_bos:           begin each document with the tokenizer's begin token; otherwise a document has its own tokens and
+                       eos, nothing else.
     sequence_length:   tokens a sequence, at least 2.
     batch_size:        sequences a data rank takes per step.
     val_fraction:      share of the documents that validates, in [0, 1); 0 means no validation. A document
@@ -69,6 +64,7 @@ class TextDataModule(SequenceDataModule):
         text_key: str = "text",
         tokenizer: str | Path | Tokenizer | None = None,
         eos_token: str | None = None,
+        add_bos: bool = False,
         sequence_length: int = 256,
         batch_size: int = 8,
         val_fraction: float = 0.05,
@@ -106,6 +102,12 @@ class TextDataModule(SequenceDataModule):
             max_tokens=(max_tokens, sequence_length),
             max_val_tokens=(max_val_tokens, 2),
         )
+        self.bos_id: int | None = getattr(self.tokenizer, "bos_id", None) if add_bos else None
+        if add_bos and self.bos_id is None:
+            raise DataError(
+                f"data.add_bos=true, but the tokenizer {self.tokenizer.name!r} names no begin token (bos). Set "
+                "data.add_bos=false, or bos_token in its tokenizer_config.json."
+            )
         self.source = source
         self.paths = as_list(paths)
         self.val_paths = as_list(val_paths)
@@ -150,10 +152,10 @@ class TextDataModule(SequenceDataModule):
             # and the validation files come first, so that reading stops when training has enough.
             return sorted(files, key=lambda file: split_point(self.seed, file.name)), []
         if not self.val_paths:
-            return find_files(self.paths), []
-        val_files = find_files(self.val_paths, setting="data.val_paths")
+            return find_files(self.paths, skipped=self._others), []
+        val_files = find_files(self.val_paths, setting="data.val_paths", skipped=self._others)
         held_out = {file.path.resolve() for file in val_files}
-        files = [file for file in find_files(self.paths) if file.path.resolve() not in held_out]
+        files = [file for file in find_files(self.paths, skipped=self._others) if file.path.resolve() not in held_out]
         if not files:
             raise DataError("data.val_paths names every file of data.paths. Leave at least one for training.")
         return files, val_files
@@ -166,6 +168,7 @@ class TextDataModule(SequenceDataModule):
             "val_files": len(val_files),
             "tokenizer": fingerprint_of(self.tokenizer),
             "text_key": self.text_key,
+            "bos": self.bos_id,
             "split": [self.seed, self.val_fraction],
             "limits": [self.max_documents, self.max_tokens, self.max_val_tokens],
         }
@@ -201,6 +204,7 @@ class TextDataModule(SequenceDataModule):
             StreamBuilder(
                 vocab_size=self.vocab_size,
                 eos_id=self.tokenizer.eos_id,
+                bos_id=self.bos_id,
                 max_tokens=max_tokens,
                 max_documents=max_documents,
                 path=None if folder is None else folder / name,
@@ -245,7 +249,7 @@ class TextDataModule(SequenceDataModule):
         if total == 0 or empty.builder.num_documents:
             return []
         if total > 1:
-            index, name = full.lowest[1:] if full is train else full.highest[1:]
+            index, name = full.lowest[1:3] if full is train else full.highest[1:3]
             empty.builder.add(name, full.builder.pop(index)[1])
             return []
         length = full.builder.num_tokens - 1  # without eos

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from lightning_npu_tp import DataError
+from lightning_npu_tp.weights.tokenizer_check import difference_from_file
 
 
 class Tokenizer(Protocol):
@@ -28,6 +29,7 @@ class Tokenizer(Protocol):
     eos_id:     closes every document.
     pad_id:     fills the last sequence of a validation set; never a target.
 
+    An attribute `bos_id`, or None, is what data.add_bos puts before a document.
     A method `encode_batch(texts) -> list of arrays` is used where there is one. A method `place_to_cut(text)` says
     where the ids of a long text are those of its two parts, or None; files are then read in parts.
     """
@@ -119,6 +121,7 @@ class HuggingFaceTokenizer:
             self._fast.no_truncation()  # a file may ask for it, and documents must stay whole
             self._fast.no_padding()
         self.eos_id: int = tokenizer.eos_token_id
+        self.bos_id: int | None = tokenizer.bos_token_id
         # Padding is never a target, so eos serves where a tokenizer names no pad token (most causal models').
         self.pad_id: int = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         # Not len(tokenizer): ids added by hand may leave gaps, and the embedding must reach the largest one.
@@ -212,7 +215,8 @@ def load_tokenizer(path: str | Path | None, *, eos_token: str | None = None) -> 
     Only local files are read and no code from the folder is run. A `tokenizer.json` that lies beside
     its `tokenizer_config.json` is loaded with it. `eos_token` names the end token where the files do not.
 
-    Raises DataError for a missing path, files that are no tokenizer, and a tokenizer without eos.
+    Raises DataError for a missing path, files that are no tokenizer, a tokenizer without eos, and one that transformers
+    loads as a class that encodes otherwise than its tokenizer.json.
     """
     if path is None:
         return ByteTokenizer()
@@ -249,12 +253,16 @@ def _load_files(path: Path) -> Any:
     try:
         if path.is_file():
             return PreTrainedTokenizerFast(tokenizer_file=str(path))
-        return AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+        otherwise = difference_from_file(tokenizer, path)
     except Exception as error:  # tokenizers raises bare Exception for a file that it cannot parse
         raise DataError(
             f"data.tokenizer={str(path)!r} cannot be loaded as a Hugging Face tokenizer: {error} "
             "Give a folder with tokenizer.json and tokenizer_config.json, or null for plain bytes."
         ) from error
+    if otherwise is not None:
+        raise DataError(f"data.tokenizer={str(path)!r}: {otherwise}.")
+    return tokenizer
 
 
 def check_vocabulary(tokenizer: Tokenizer, model_vocab_size: int) -> None:

@@ -176,6 +176,14 @@ def test_what_does_not_fit_is_named_on_every_rank(on_ranks: Any, tmp_path: Path)
     assert "the decoder alone, without its head" in text
     (text,) = messages({key: value for key, value in good.items() if key != "lm_head.weight"})
     assert "set tie_word_embeddings to true" in text
+    for prefix in ("module.", "_orig_mod.", "model.", "base_model.model."):
+        (text,) = messages({prefix + key: value for key, value in good.items()})
+        assert f"The names begin with {prefix!r}, which what wrapped the model" in text
+    adapted = "base_model.model.lm_head.lora_A.default.weight"
+    (text,) = messages({f"base_model.model.{key}": value for key, value in good.items()} | {adapted: torch.zeros(2, 4)})
+    assert "It holds a LoRA adapter that is not merged with its model" in text and "merge_and_unload()" in text
+    (text,) = messages(good | {name: torch.zeros(good[name].shape, dtype=torch.int8)})
+    assert f"{name} in {file} holds whole numbers (int8) where the deepseek_v2 model has real ones" in text
     save_file(good | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(2)}, file)
     assert set(on_ranks(refused, 2, str(tmp_path))) == {"accepted"}
 

@@ -107,6 +107,9 @@ def test_code_in_a_folder_is_not_run_and_old_spellings_are_read(tmp_path: Path) 
 def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="config.json does not exist"):
         read_folder_config(str(tmp_path / "absent"))
+    for path, command in {"modelscope://a/b": "a/b FOLDER --from modelscope", "hf://a/b": "a/b FOLDER"}.items():
+        with pytest.raises(ConfigError, match=f"ranks fetch nothing. Run `lightning-npu-tp download {command}`"):
+            read_folder_config(path)
     file = tmp_path / "config.json"
     for text in ("{", "[]", "{}"):
         file.write_text(text)
@@ -118,6 +121,13 @@ def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
     file.write_text('{"model_type": "bert"}')
     with pytest.raises(ConfigError, match="'bert' is not supported"):
         LitCausalLM(path=str(tmp_path))
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter/adapter_config.json").write_text("{}")
+    with pytest.raises(ConfigError, match="adapter holds an adapter .* and not the model"):
+        read_folder_config(str(tmp_path / "adapter"))
+    with pytest.raises(ConfigError, match="The model's config has pad_token_id=9, but its vocabulary of vocab_size=9 "):
+        LitCausalLM(architecture="llama", config={"vocab_size": 9, "pad_token_id": 9})
+    LitCausalLM(architecture="llama", config={"vocab_size": 9, "pad_token_id": 8})
     with pytest.raises(ConfigError, match="set model.path to a Hugging Face folder, or both"):
         LitCausalLM()
 

@@ -90,6 +90,60 @@ def test_help_names_every_option() -> None:
         assert not [option for option in names if option not in done.stdout]
 
 
+@pytest.fixture
+def stand_in(tmp_path: Path) -> dict[str, str]:
+    """An environment with an ssh that runs commands here, in a home of its own, and an rsync that notes its target."""
+    home, programs = tmp_path / "home", tmp_path / "programs"
+    for folder in (home / "copy/scripts", home / "strange", home / "empty", programs):
+        folder.mkdir(parents=True)
+    (home / "copy/scripts/remote_options.sh").touch()
+    (home / "strange/thesis").touch()
+    (home / "link").symlink_to(home)
+    (programs / "ssh").write_text(f'#!/bin/sh\nshift\ncd "{home}" && HOME="{home}" exec sh -c "$*"\n')
+    (programs / "rsync").write_text(f'#!/bin/sh\nfor last; do :; done\necho "$last" >>"{tmp_path}/targets"\n')
+    for name in ("ssh", "rsync"):
+        (programs / name).chmod(0o755)
+    return {"PATH": f"{programs}:{os.environ['PATH']}", "REMOTE_HOST": "there"}
+
+
+@pytest.mark.parametrize("more", [(), ("--delete",), ("--delete", "--dry-run")], ids=str)
+def test_a_target_that_holds_more_than_the_tree_is_refused_by_what_it_is(
+    stand_in: dict[str, str], tmp_path: Path, more: tuple[str, ...]
+) -> None:
+    home, sync = tmp_path / "home", ROOT / "scripts/sync_to_remote.sh"
+    homes = (
+        "./.",
+        "~/.",
+        "//",
+        "/./",
+        f"{home}/",
+        f"{home.parent}/",
+        "link",
+        "copy/..",
+        "copy/../.",
+        "empty/../link/./",
+    )
+    for path in homes:
+        done = run(sync, "--path", path, *more, **stand_in)
+        assert done.returncode == 2 and "is the home on there, or holds it" in done.stderr, (path, done)
+    strange = run(sync, "--path", "strange", *more, **stand_in)
+    assert strange.returncode == (2 if "--delete" in more else 0)
+    assert ("which is no copy of this tree" in strange.stderr) == ("--delete" in more)
+    assert (tmp_path / "targets").exists() == ("--delete" not in more), "something would have been removed"
+
+
+def test_a_copy_an_empty_folder_and_a_new_one_take_what_is_removed_here(
+    stand_in: dict[str, str], tmp_path: Path
+) -> None:
+    for path in ("copy", "./copy/", "link/copy", "empty", "new/folder", "a b; touch c"):
+        done = run(ROOT / "scripts/sync_to_remote.sh", "--path", path, "--delete", **stand_in)
+        assert done.returncode == 0, done.stderr
+    home = tmp_path / "home"
+    wanted = [home / path for path in ("copy", "copy", "copy", "empty", "new/folder", "a b; touch c")]
+    assert (tmp_path / "targets").read_text().splitlines() == [f"there:{place}/" for place in wanted]
+    assert (home / "a b; touch c").is_dir() and not (home / "c").exists()
+
+
 # --- with an sshd on loopback ---------------------------------------------------------------------------
 
 

@@ -129,6 +129,8 @@ def test_what_users_read_and_copy_stays_on_the_surface() -> None:
     shared = ("checkpoint.files.", "checkpoint.locks.", "checkpoint.regular_files.")
     for file in ("lit_models/data/cache.py", "lit_models/run/run_folder.py"):
         assert all(name.startswith(shared) for name in found.pop(file))
+    # Which check `load_tokenizer` and the command `check` share.
+    assert found.pop("lit_models/data/tokenizers.py") == ["weights.tokenizer_check.difference_from_file"]
     assert not found
 
 

@@ -1,4 +1,4 @@
-"""`lightning-npu-tp download`: a model's safetensors, config and tokenizer from the Hugging Face hub or a mirror."""
+"""`lightning-npu-tp download`: a model's weights, config and tokenizer from Hugging Face, ModelScope or a mirror."""
 
 from __future__ import annotations
 
@@ -16,8 +16,11 @@ from lightning_npu_tp.tools.commands.conventions import exit_codes, wide_console
 def download(
     repo_id: Annotated[str, typer.Argument(help="OWNER/NAME on the hub")],
     dest: Annotated[Path, typer.Argument(help="folder; what is there and right is kept")],
-    revision: Annotated[str, typer.Option(help="branch, tag or commit")] = "main",
-    endpoint: Annotated[str | None, typer.Option(help="address of a mirror; HF_ENDPOINT by default")] = None,
+    source: Annotated[str, typer.Option("--from", help="huggingface or modelscope")] = "huggingface",
+    revision: Annotated[str | None, typer.Option(help="branch, tag or commit; the main branch by default")] = None,
+    endpoint: Annotated[
+        str | None, typer.Option(help="address of a mirror; HF_ENDPOINT by default for Hugging Face")
+    ] = None,
     token_env: Annotated[
         str, typer.Option(help="environment variable that holds a token, for gated models")
     ] = "HF_TOKEN",
@@ -29,13 +32,19 @@ def download(
     """
     from lightning_npu_tp.checkpoint.files import size_in_words
     from lightning_npu_tp.weights import hub_download as downloading
+    from lightning_npu_tp.weights import modelscope_download
 
-    endpoint = (endpoint or os.environ.get("HF_ENDPOINT") or "").rstrip("/") or None
+    is_modelscope = source == "modelscope"
+    endpoint = (endpoint or ("" if is_modelscope else os.environ.get("HF_ENDPOINT")) or "").rstrip("/") or None
     token = os.environ.get(token_env) or None
     with exit_codes(otherwise=1):
         if token is None and token_env != "HF_TOKEN":
             raise ConfigError(f"--token-env {token_env}: no such variable is set. Set it, or leave the option out.")
-        listing = downloading.list_repository(repo_id, revision=revision, endpoint=endpoint, token=token)
+        if source not in ("huggingface", "modelscope"):
+            raise ConfigError(f"--from {source} is no hub. Use huggingface or modelscope.")
+        hub = modelscope_download if is_modelscope else downloading
+        revision = revision or (modelscope_download.REVISION if is_modelscope else "main")
+        listing = hub.list_repository(repo_id, revision=revision, endpoint=endpoint, token=token)
         table = Table(title=f"{repo_id} at {listing.commit[:12]}")
         table.add_column("file", overflow="fold")
         table.add_column("size", justify="right")
@@ -49,7 +58,7 @@ def download(
         )
         if dry_run:
             return
-        downloading.fetch(listing, dest, endpoint=endpoint, token=token, tell=typer.echo)
+        downloading.fetch(listing, dest, hub.getter(listing, endpoint=endpoint, token=token), tell=typer.echo)
         verified = sum(1 for file in listing.files if file.has_hash)
         how_many = "all" if verified == len(listing.files) else f"{verified} of them"
         typer.echo(f"{dest}: {len(listing.files)} files of {repo_id}, {how_many} verified")

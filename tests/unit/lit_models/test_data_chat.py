@@ -11,7 +11,9 @@ import torch
 
 from lightning_npu_tp.errors import DataError
 from lit_models.data import ChatDataModule, load_tokenizer
+from lit_models.data.rendering import kept
 from lit_models.data.samples import SampleDataset, pack_samples
+from lit_models.data.show import spell
 from lit_models.data.streams import StreamBuilder
 
 END = "<|end|>"
@@ -33,6 +35,13 @@ FORGETFUL = (
     "{{ message.content.split('/')[-1] }}{% else %}{{ message.role[0] + ':' + message.content }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'a:' }}{% endif %}"
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def renderer():
+    """One process renders for all tests of this file."""
+    with kept():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +106,7 @@ def test_only_what_the_assistant_says_is_learnt_with_its_end(tmp_path, folder, t
     assert [text.strip() for text in learnt(data)] == [f"good morning 早上好 🙂{END}", f"nothing more{END}"]
     text = data.tokenizer.transformers.decode(data.train_set.stream.tokens.tolist())
     assert text.startswith("[user] 你好" if template else "User: 你好")
-    assert ("marked by the template" if template else "found by prefixes") in data.summary()
+    assert ("marked by the template" if template else "found in the rendered text") in data.summary()
 
 
 @pytest.mark.parametrize("template", [None, MARKED])
@@ -126,21 +135,17 @@ def test_the_tokens_are_those_of_transformers_own_template_call(tmp_path, folder
     assert marked.train_set.stream.learn.tolist() == theirs["assistant_masks"]
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused_by_the_samples_line(tmp_path, folder):
-    path = write(tmp_path / "a.jsonl", chat("a", "x/y"), chat("a", "think/say", "b", "think/say"))
-    with pytest.raises(DataError, match=r"a\.jsonl' line 2: message 2 cannot be found.*generation.*train_on=last"):
-        module(path, folder, chat_template=FORGETFUL).setup()
-    data = module(path, folder, chat_template=FORGETFUL, train_on="last", pack=False)
+def test_turns_that_a_template_rewrites_later_are_learnt_as_they_are_to_be_written(tmp_path, folder):
+    records = chat("a", "x/y"), chat("a", "think/say", "b", "muse/speak")
+    data = module(write(tmp_path / "a.jsonl", *records), folder, chat_template=FORGETFUL, pack=False)
     data.setup()
-    assert learnt(data, 1) == ["think/say"]
-
-
-def test_a_conversation_that_the_assistant_begins_is_learnt_from_its_beginning(tmp_path, folder):
-    record = {"messages": [{"role": "assistant", "content": "welcome"}, {"role": "user", "content": "hi"}]}
-    data = module(write(tmp_path / "a.jsonl", record), folder)
-    data.setup()
-    (text,) = learnt(data)  # without the first token, which nothing predicts
-    assert "Assistant: welcome<|end|>".endswith(text) and "welcome" in text
+    texts = [spell(data.tokenizer, item["input_ids"][item["token_mask"]].tolist()) for item in data.train_set]
+    assert texts == ["u:aa:x/y", "u:aa:think/say", "u:a!sayu:ba:muse/speak"]
+    assert [learnt(data, n) for n in range(3)] == [["x/y"], ["think/say"], ["muse/speak"]]
+    assert "1 conversations learnt in several samples, each as far as its last turn: a.jsonl:2" in data.summary()
+    last = module(tmp_path / "a.jsonl", folder, chat_template=FORGETFUL, train_on="last", pack=False)
+    last.setup()
+    assert len(last.train_set) == 2 and learnt(last, 1) == ["muse/speak"]
 
 
 def test_the_first_token_of_a_sample_is_never_learnt(tmp_path, folder):
@@ -183,13 +188,16 @@ def test_from_value_files_and_parquet_give_the_same_samples(tmp_path, folder):
         ('{"messages": [', r"a\.jsonl' line 2 is not JSON"),
         ('{"messages": []}', r"line 2: 'messages' is empty"),
         ('{"messages": "hi"}', r"line 2: 'messages' is not a list"),
-        ('{"turns": []}', r"line 2 has no key 'messages'; its keys are \['turns'\]. Set data\.messages_key"),
+        ('{"turns": []}', r"line 2 is no conversation.*its keys are \['turns'\].*Set data\.messages_key"),
         ('{"messages": ["hi"]}', r"line 2, message 1 is str, not an object"),
-        ('{"messages": [{"from": "human", "value": "x"}]}', r"message 1 has no 'role'.*data\.role_key=from"),
-        ('{"messages": [{"role": "bot", "content": "x"}]}', r"unknown role 'bot'.*data\.role_names=\{bot: user\}"),
+        ('{"messages": [{"who": "human", "value": "x"}]}', r"message 1 has no 'role'.*Set data\.role_key"),
+        ('{"messages": [{"role": "bot", "content": "x"}]}', r"unknown role 'bot'.*data\.role_names=\{bot: ROLE\}"),
         ('{"messages": [{"role": "user", "content": 3}]}', r"message 1: 'content' holds int, not text"),
         ('{"messages": [{"role": "assistant", "content": "x", "weight": 0.5}]}', r"weight=0\.5.* 0 or 1"),
-        ('{"messages": [{"role": "tool", "content": "x"}]}', r"line 2: the chat template refuses .*no tool here"),
+        (
+            '{"messages": [{"role": "tool", "content": "x"}]}',
+            r"line 2: the chat template of .* refuses the sample: no tool here",
+        ),
     ],
 )
 def test_a_bad_line_is_named_with_its_number_and_its_repair(tmp_path, folder, line, message):
@@ -216,7 +224,7 @@ def test_settings_that_cannot_work_are_refused(tmp_path, folder):
     (tmp_path / "mine.jinja").write_text(PLAIN)
     assert module(path, inner, chat_template=str(tmp_path / "mine.jinja")).template.template == PLAIN
     (tmp_path / "a.txt").write_text("x")
-    with pytest.raises(DataError, match=r"a\.txt', but data=chat reads \.jsonl and \.parquet"):
+    with pytest.raises(DataError, match=r"a\.txt', but data=chat reads \.jsonl, \.json"):
         module(tmp_path / "a.txt", folder).setup()
 
 
@@ -312,3 +320,15 @@ def test_few_samples_leave_one_to_validate_on_and_a_lone_one_none(tmp_path, fold
     assert (data.train_set.stream.num_documents, data.val_set.stream.num_documents) == (1, 1)
     with pytest.raises(DataError, match="No conversation is left to validate on"):
         module(write(tmp_path / "b.jsonl", chat("a", "b")), folder, val_fraction=0.001).setup()
+
+
+def test_the_samples_of_one_conversation_stay_on_one_side(tmp_path, folder):
+    twice = chat("a", "think/say", "b", "muse/speak")
+    settings = {"chat_template": FORGETFUL, "val_fraction": 0.001}
+    with pytest.raises(DataError, match="No conversation is left to validate on"):
+        module(write(tmp_path / "a.jsonl", twice), folder, **settings).setup()
+    other = chat("c", "mull/tell", "d", "ask/answer")
+    data = module(write(tmp_path / "b.jsonl", twice, other), folder, **settings)
+    data.setup()
+    sides = [spell(data.tokenizer, side.stream.tokens.tolist()) for side in (data.train_set, data.val_set)]
+    assert sorted(sides) == ["u:aa:think/sayu:a!sayu:ba:muse/speak", "u:ca:mull/tellu:c!tellu:da:ask/answer"]

@@ -9,7 +9,8 @@ import pyarrow.parquet as parquet
 import pytest
 
 from lightning_npu_tp.errors import DataError
-from lit_models.data.documents import find_files, read_files, read_stdlib, split_point, stdlib_files
+from lit_models.data.documents import read_files, read_stdlib, split_point, stdlib_files
+from lit_models.data.source_files import find_files
 
 
 def write(path, content):
@@ -107,7 +108,7 @@ def test_paths_that_lead_nowhere_are_named(tmp_path):
         find_files([])
     with pytest.raises(DataError, match=r"data\.paths names '.*gone\.txt', which does not exist"):
         find_files([tmp_path / "gone.txt"])
-    with pytest.raises(DataError, match=r"data\.val_paths names '.*', which holds no \.txt, \.jsonl, \.parquet file"):
+    with pytest.raises(DataError, match=r"data\.val_paths names '.*', which holds no \.txt, \.jsonl, .*\.arrow file"):
         find_files([tmp_path], setting="data.val_paths")
     with pytest.raises(DataError, match=r"names '.*\*\.txt', which holds no"):
         find_files([tmp_path / "*.txt"])

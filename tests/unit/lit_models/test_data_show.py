@@ -90,6 +90,24 @@ def test_the_command_shows_a_batch_and_tells_mistakes_in_one_line(tmp_path, monk
     assert "Missing mandatory value" in capsys.readouterr().err
 
 
+def test_paths_with_other_letters_are_quoted_as_the_page_says(tmp_path, monkeypatch, capsys):
+    sys.path.insert(0, str(ROOT))
+    try:
+        import show_data
+    finally:
+        sys.path.remove(str(ROOT))
+    for page in ("README.md", "docs/data.md"):
+        text = (ROOT / page).read_text(encoding="utf-8")
+        assert """'data.paths=["语料/对话 (1).jsonl"]'""" in text
+    (tmp_path / "语料").mkdir()
+    (tmp_path / "语料" / "对话 (1).jsonl").write_text('{"text": "some text to learn"}\n' * 20)
+    monkeypatch.chdir(tmp_path)
+    settings = ["data=text", "data.sequence_length=32", "data.batch_size=1", "data.cache_dir=null"]
+    assert show_data.main([*settings, 'data.paths=["语料/对话 (1).jsonl"]']) == 0
+    assert "some text to learn" in capsys.readouterr().out
+    assert show_data.main([*settings, "data.paths=[语料]"]) == 2, "Hydra takes it now: say so in the pages"
+
+
 def test_the_script_runs_from_anywhere(tmp_path):
     done = subprocess.run(
         [sys.executable, str(ROOT / "show_data.py"), "data.max_tokens=2000", "data.batch_size=1", "--tokens=8"],

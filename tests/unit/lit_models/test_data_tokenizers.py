@@ -9,6 +9,7 @@ import pytest
 
 from lightning_npu_tp.errors import DataError
 from lit_models.data import TextDataModule
+from lit_models.data.streams import StreamBuilder
 from lit_models.data.tokenizers import ByteTokenizer, check_vocabulary, load_tokenizer
 
 CHINESE = "深度学习：混合专家模型 DeepSeek-V2 在昇腾上训练。\n\tnaïve 🙂 café\r\n"
@@ -131,6 +132,132 @@ def test_several_texts_at_once_have_the_ids_of_each_alone(folder):
 def test_a_missing_path_is_named(tmp_path):
     with pytest.raises(DataError, match=r"data\.tokenizer='.*nowhere' does not exist"):
         load_tokenizer(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("val_fraction", [0, 0.5])
+def test_a_begin_token_stands_before_each_document_where_it_is_asked_for(folder, tmp_path, val_fraction):
+    for number in range(4):
+        (tmp_path / f"{number}.txt").write_text("train the model " * (number + 1))
+    settings = {"source": "text", "tokenizer": str(folder), "paths": tmp_path / "*.txt", "val_fraction": val_fraction}
+    settings["cache_dir"] = tmp_path / "cache"  # of which neither may be taken for the other
+    plain, begun = (TextDataModule(sequence_length=8, add_bos=add, **settings) for add in (False, True))
+    for data in (plain, begun):
+        data.setup()
+    for name in ("train_set", "val_set"):
+        old, new = getattr(plain, name), getattr(begun, name)
+        if old is None:
+            continue
+        documents = np.split(old.stream.tokens, old.stream.starts[1:])
+        assert np.array_equal(new.stream.tokens, np.concatenate([[0, *document] for document in documents]))
+        assert np.array_equal(np.diff(new.stream.starts), np.diff(old.stream.starts) + 1)
+    assert plain.identity()["content"] != begun.identity()["content"]
+
+
+def test_a_document_that_comes_in_parts_has_one_begin_token():
+    builder = StreamBuilder(vocab_size=300, eos_id=1, bos_id=0)
+    for ids, ends in (([5, 6], False), ([7], False), ([], True), ([8], True)):
+        builder.add("a", ids, ends=ends)
+    assert builder.build().tokens.tolist() == [0, 5, 6, 7, 1, 0, 8, 1]
+
+
+@pytest.mark.parametrize("seed", [0, 3])  # the lone document falls on either side
+def test_both_parts_of_a_lone_document_begin_with_one_begin_token(folder, tmp_path, seed):
+    (tmp_path / "a.txt").write_text("train the model " * 40)
+    settings = {"source": "text", "tokenizer": str(folder), "paths": tmp_path / "a.txt", "val_fraction": 0.5}
+    data = TextDataModule(sequence_length=8, add_bos=True, seed=seed, **settings)
+    data.setup()
+    parts = [side.stream.tokens.tolist() for side in (data.train_set, data.val_set)]
+    assert [(part[0], part.count(0), part[-1], part.count(1)) for part in parts] == [(0, 1, 1, 1)] * 2
+    assert data.tokenizer.decode([*parts[0], *parts[1]]) == "train the model " * 40
+
+
+def test_few_documents_leave_one_to_validate_on_with_one_begin_token(folder, tmp_path):
+    for number in range(2):
+        (tmp_path / f"{number}.txt").write_text("train the model " * 9)
+    settings = {"source": "text", "tokenizer": str(folder), "paths": tmp_path, "val_fraction": 0.001}
+    data = TextDataModule(sequence_length=8, add_bos=True, **settings)
+    data.setup()
+    assert [data.train_set.stream.tokens.tolist().count(0), data.val_set.stream.tokens.tolist().count(0)] == [1, 1]
+
+
+def test_a_begin_token_that_there_is_not_is_refused(tmp_path):
+    tokenizer = load_tokenizer(make_tokenizer(tmp_path))
+    tokenizer.bos_id = None
+    with pytest.raises(DataError, match=r"data\.add_bos=true, but the tokenizer .* names no begin token"):
+        TextDataModule(tokenizer=tokenizer, add_bos=True)
+
+
+def test_the_documented_way_of_adding_tokens_keeps_the_old_rows(folder, tmp_path):
+    import re
+    from pathlib import Path
+
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from lightning_npu_tp.tools.testing.models import tiny_config
+
+    page = (Path(__file__).parents[3] / "docs" / "data.md").read_text(encoding="utf-8")
+    code = re.search(r"## Adding tokens.*?```python\n(.*?)```", page, re.DOTALL)[1]
+    torch.manual_seed(0)
+    config = tiny_config("llama")
+    config.vocab_size = load_tokenizer(folder).vocab_size
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path / "old")
+    shutil.copytree(folder, tmp_path / "old", dirs_exist_ok=True)
+    old, new = str(tmp_path / "old"), str(tmp_path / "new")
+    exec(code.replace('"FOLDER"', repr(old)).replace('"NEW"', repr(new)), {})
+    tokenizer = load_tokenizer(new)
+    assert len(tokenizer.encode("a<|tool|>b<|result|>")) == 4
+    assert tokenizer.decode(tokenizer.encode(CHINESE)) == CHINESE
+    grown = AutoModelForCausalLM.from_pretrained(new)
+    check_vocabulary(tokenizer, grown.config.vocab_size)
+    assert grown.config.vocab_size == config.vocab_size + 2
+    kept = grown.get_input_embeddings().weight[: config.vocab_size]
+    assert torch.equal(kept, model.get_input_embeddings().weight)
+
+
+def otherwise_split(folder):
+    """Byte-level files whose splitter is nobody's but theirs, as DeepSeek's is."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    bpe = Tokenizer(models.BPE())
+    own = pre_tokenizers.Split(Regex(r"[\r\n]|\s?\p{L}+"), "isolated")
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [own, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, special_tokens=[END], show_progress=False)
+    bpe.train_from_iterator([CHINESE * 5, "if n < 2:\n    return  12345, x [0]\n" * 20], trainer)
+    bpe.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        ({"tokenizer_class": "LlamaTokenizerFast", "auto_map": {"AutoTokenizer": [None, "own.Own"]}}, "LlamaTokenizer"),
+        ({"tokenizer_class": "Qwen2Tokenizer"}, "Qwen2Tokenizer"),
+    ],
+)
+def test_a_class_that_encodes_otherwise_than_the_file_is_an_error_that_names_it(tmp_path, config, name):
+    from lightning_npu_tp.tools.check_folder import read_tokenizer
+
+    otherwise_split(tmp_path)
+    settings = {"eos_token": END, "clean_up_tokenization_spaces": False}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**settings, **config}))
+    with pytest.raises(DataError, match=rf"loads it as {name}.*Set tokenizer_class .*PreTrainedTokenizerFast") as error:
+        load_tokenizer(tmp_path)
+    assert str(tmp_path) in str(error.value)
+    told = read_tokenizer(str(tmp_path), 400)
+    assert told.fault and told.ids is None and f"loads it as {name}" in told.line
+    # What the error says to do.
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({**settings, **config, "tokenizer_class": "PreTrainedTokenizerFast"})
+    )
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.decode(tokenizer.encode(CHINESE)) == CHINESE
+    assert not read_tokenizer(str(tmp_path), 400).fault
 
 
 def test_files_that_are_no_tokenizer_give_one_kind_of_error(tmp_path):

@@ -76,11 +76,14 @@ def test_folders_that_are_none(folder: Path, tmp_path: Path) -> None:
         "{": "is no model config",
         '{"model_type": "bert"}': "'bert' is not supported",
         '{"model_type": "llama", "hidden_size": "wide"}': "has a config.json that transformers refuses",
+        '{"model_type": "llama", "vocab_size": 9, "pad_token_id": 9}': "has pad_token_id=9, but its vocabulary",
         '{"model_type": "llama", "quantization_config": {"quant_method": "fp8"}}': "holds quantised weights (fp8)",
     }.items():
         file.write_text(text)
         result = check("--model", tmp_path)
         assert result.exit_code == 2 and told in result.output, result.output
+    file.rename(tmp_path / "adapter_config.json")
+    assert "holds an adapter (adapter_config.json) and not the model" in check("--model", tmp_path).output
 
 
 def test_a_damaged_file_does_not_hold_and_is_named(folder: Path, tmp_path: Path) -> None:
@@ -90,6 +93,9 @@ def test_a_damaged_file_does_not_hold_and_is_named(folder: Path, tmp_path: Path)
     file.write_bytes(file.read_bytes()[:-1])
     result = check("--model", tmp_path)
     assert result.exit_code == 1 and f"{file} is damaged" in result.output and "was cut short" in result.output
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {}}')
+    result = check("--model", tmp_path)
+    assert result.exit_code == 1 and "holds two models' weights" in result.output
 
 
 def test_no_npu_is_looked_for_unless_asked_for_or_there(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,10 +12,12 @@ import json
 import os
 import shutil
 import socket
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import huggingface_hub
@@ -281,6 +283,89 @@ def test_only_what_has_a_hash_is_called_verified(hub: Hub, tmp_path: Path) -> No
     done = command("owner/model", str(tmp_path), "--endpoint", hub.address)
     assert done.exit_code == 0 and "config.json: 14 bytes, its size is right, the hub gives no hash" in done.output
     assert "8 files of owner/model, 7 of them verified" in done.output
+
+
+class StandIn:
+    """modelscope_hub 0.5.1 by the signatures that are used of it; the library itself is not installed for tests."""
+
+    class HubError(Exception):
+        pass
+
+    class NotExistError(HubError):
+        pass
+
+    class AuthenticationError(HubError):
+        pass
+
+    class PermissionDeniedError(HubError):
+        pass
+
+    def __init__(self) -> None:
+        self.served, self.fetched, self.said = dict(FILES), [], []
+        self.errors = self
+        self.__name__ = "modelscope_hub"
+
+    def HubApi(self, config: Any = None, *, endpoint: str | None = None, token: str | None = None) -> StandIn:
+        self.said.append((endpoint, token))
+        return self
+
+    def list_repo_files(
+        self, repo_id: str, repo_type: str, *, revision: str | None = None, recursive: bool = True
+    ) -> list[Any]:
+        assert repo_type == "model" and revision == "master"
+        if repo_id != "owner/model":
+            raise self.NotExistError("no such model")
+        hashes = {name: hashlib.sha256(content).hexdigest() for name, content in FILES.items() if name != "LICENSE"}
+        return [
+            SimpleNamespace(path=name, size=len(content), sha256=hashes.get(name), type="blob")
+            for name, content in FILES.items()
+        ] + [SimpleNamespace(path="onnx", size=0, sha256=None, type="tree")]
+
+    def download_file(
+        self,
+        repo_id: str,
+        repo_type: str,
+        file_path: str,
+        *,
+        revision: str | None = None,
+        local_dir: Any = None,
+        force: bool = False,
+        expected_sha256: str | None = None,
+        file_size: int | None = None,
+    ) -> Path:
+        assert (repo_type, revision, force, file_size) == ("model", "master", True, len(FILES[file_path]))
+        if file_path not in self.served:
+            raise OSError("it broke off")
+        self.fetched.append(file_path)
+        (local_dir / file_path).write_bytes(self.served[file_path])
+        return local_dir / file_path
+
+
+def test_modelscope_is_listed_and_verified_like_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = StandIn()
+    monkeypatch.setitem(sys.modules, "modelscope_hub", library)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    ask = ("owner/model", str(tmp_path / "m"), "--from", "modelscope")
+    assert command(*ask, "--dry-run").exit_code == 0 and library.fetched == []
+    done = command(*ask)
+    assert done.exit_code == 0 and "8 files of owner/model, 7 of them verified" in done.output, done.output
+    assert sorted(library.fetched) == NEEDED and {endpoint for endpoint, _ in library.said} == {None}
+    name = "model-00002-of-00002.safetensors"
+    library.served[name] = b"!" + FILES[name][1:]
+    (tmp_path / "m" / name).unlink()
+    done = command(*ask)
+    assert done.exit_code == 1 and "its hash differs" in done.output and not (tmp_path / "m" / name).exists()
+    del library.served[name]
+    done = command(*ask)
+    assert done.exit_code == 1 and f"broke off while fetching {name} (OSError: it broke off)" in done.output
+    done = command("owner/absent", *ask[1:])
+    assert done.exit_code == 2 and "was not found at ModelScope" in done.output
+    done = command(*ask[:3], "elsewhere")
+    assert done.exit_code == 2 and "--from elsewhere is no hub" in done.output
+    monkeypatch.setitem(sys.modules, "modelscope_hub", None)
+    done = command(*ask)
+    assert done.exit_code == 2 and "pip install 'lightning-npu-tp[modelscope]'" in done.output
 
 
 def test_changed_bytes_are_found_and_named(hub: Hub, tmp_path: Path) -> None:

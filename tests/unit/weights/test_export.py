@@ -19,7 +19,7 @@ import torch
 import typer
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from lightning_npu_tp.checkpoint import training_state
@@ -288,6 +288,23 @@ def test_the_tokenizer_is_compared_with_its_source(tmp_path: Path, kind: str, mo
     done = command(path, tmp_path / "torn", "--tokenizer", given)
     assert done.exit_code == 1 and "does not load, though its source does" in done.output
     assert not (tmp_path / "other").exists() and not (tmp_path / "torn").exists()
+
+
+def test_a_tokenizer_that_transformers_5_wrote_is_in_words_that_4_57_knows(tmp_path: Path) -> None:
+    path, _ = checkpoint(tmp_path)
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=words(Hello=1, world=2), unk_token="[UNK]", extra_special_tokens=["[A]"]
+    )
+    made.save_pretrained(tmp_path / "source")
+    assert command(path, tmp_path / "out", "--tokenizer", tmp_path / "source").exit_code == 0
+    values = json.loads((tmp_path / "out/tokenizer_config.json").read_text())
+    assert values["tokenizer_class"] == "PreTrainedTokenizerFast" and "extra_special_tokens" not in values
+    read = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert read.extra_special_tokens == values["additional_special_tokens"] == ["[A]"]
+    # One of somebody else's is copied as it is.
+    (tmp_path / "source/tokenizer_config.json").write_text('{ "tokenizer_class" : "LlamaTokenizer" }')
+    assert command(path, tmp_path / "copy", "--tokenizer", tmp_path / "source").exit_code == 0
+    assert (tmp_path / "copy/tokenizer_config.json").read_text() == '{ "tokenizer_class" : "LlamaTokenizer" }'
 
 
 def test_sizes_in_words() -> None:

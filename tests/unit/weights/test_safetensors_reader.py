@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lightning_npu_tp.errors import CheckpointError
-from lightning_npu_tp.weights.safetensors_reader import SliceReader, open_folder, read_header, runs
+from lightning_npu_tp.weights.safetensors_reader import SliceReader, open_folder, read_header, runs, told_of_adapter
 
 TENSORS = {
     "a.weight": torch.arange(24, dtype=torch.float32).reshape(4, 6),
@@ -141,6 +141,17 @@ def test_folders_without_usable_weights(tmp_path: Path) -> None:
     assert f"is a link to {tmp_path}/gone, which does not exist" in refused(tmp_path)
 
 
+def test_an_adapter_without_its_model_is_told(tmp_path: Path) -> None:
+    save_file(TENSORS, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "owner/base"}')
+    text = refused(tmp_path)
+    assert "holds an adapter" in text and "belongs to, owner/base" in text and "merge_and_unload()" in text
+    (tmp_path / "adapter_config.json").write_text("[")
+    assert "belongs to, its base model" in refused(tmp_path)
+    save_file(TENSORS, tmp_path / "model.safetensors")
+    assert told_of_adapter(tmp_path) == "" and open_folder(tmp_path).tensors
+
+
 def test_links_are_followed(tmp_path: Path, folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "blob")
     (folder / "model.safetensors").symlink_to("blob")
@@ -167,12 +178,22 @@ def test_indices_that_do_not_fit(tmp_path: Path) -> None:
     with_map(where | {"b": "one.safetensors"})
     assert "says that b is in one.safetensors, but it is not" in refused(tmp_path)
     with_map({key: name for key, name in where.items() if key != "b"})
-    assert "two.safetensors holds b, which" in refused(tmp_path)
+    text = refused(tmp_path)
+    assert "two.safetensors holds b, which model.safetensors.index.json does not name" in text
+    assert "save_pretrained of transformers writes an index that fits" in text
     with_map(where | {"c": "../two.safetensors"})
     assert "lies outside of the folder" in refused(tmp_path)
     save_file(parts[0] | {"b": TENSORS["b"]}, tmp_path / "one.safetensors")
     with_map(where)
-    assert "The tensor b is in one.safetensors and in two.safetensors" in refused(tmp_path)
+    text = refused(tmp_path)
+    assert "hold b: one.safetensors and two.safetensors. Index and files are not of one kind" in text
+    save_file(parts[0], tmp_path / "one.safetensors")
+    save_file(parts[0], tmp_path / "model.safetensors")
+    with_map(where)
+    text = refused(tmp_path)
+    assert "holds two models' weights: model.safetensors" in text and "Remove the one that is not meant" in text
+    with_map({"a.weight": "model.safetensors"})
+    assert open_folder(tmp_path).tensors.keys() == {"a.weight"}
     for text in ("{", "[]", "{}", '{"weight_map": 3}'):
         index.write_text(text)
         assert "is damaged or no index" in refused(tmp_path)
