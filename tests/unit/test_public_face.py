@@ -131,6 +131,9 @@ def test_what_users_read_and_copy_stays_on_the_surface() -> None:
         assert all(name.startswith(shared) for name in found.pop(file))
     # Which check `load_tokenizer` and the command `check` share.
     assert found.pop("lit_models/data/tokenizers.py") == ["weights.tokenizer_check.difference_from_file"]
+    # What a folder of another kind, or a config that no embedding has room for, is called by the commands too.
+    shared_words = ["models.token_ids.require_padding_in_vocabulary", "weights.safetensors_reader.told_of_adapter"]
+    assert found.pop("lit_models/causal_lm.py") == shared_words
     assert not found
 
 
