@@ -18,6 +18,8 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 RUN_AS_WRITTEN = (
     "python train.py --help",
     "python train.py data=text 'data.paths=[my/texts]' data.tokenizer=PATH",
+    "python train.py data=text data.tokenizer=PATH "
+    "'data.sources=[{path: my/texts, weight: 2}, {path: texts, weight: 0.5}]'",
     "python train.py data=chat 'data.paths=[chats.jsonl]' data.tokenizer=FOLDER",
     "python train.py model=pretrained model.path=FOLDER data.tokenizer=FOLDER",
     "python train.py model=pretrained model.path=FOLDER data=text 'data.paths=[texts]' data.tokenizer=FOLDER",

@@ -21,7 +21,15 @@ from lit_models.data.chat_template import ChatTemplate, Sample
 from lit_models.data.conversations import Conversation, MessageKeys, read_conversations
 from lit_models.data.documents import split_point
 from lit_models.data.encoding import Progress, Side
-from lit_models.data.module import SequenceDataModule, as_list, at_least, digest, digest_of_files, digest_of_stream
+from lit_models.data.module import (
+    SequenceDataModule,
+    as_list,
+    at_least,
+    digest,
+    digest_of_files,
+    digest_of_stream,
+    require_paths,
+)
 from lit_models.data.rendering import kept
 from lit_models.data.samples import SampleDataset
 from lit_models.data.source_files import SourceFile, find_files
@@ -35,6 +43,8 @@ class ChatDataModule(SequenceDataModule):
     """Packed conversations; batches are dicts of int64 [batch_size, sequence_length], see `SampleDataset`.
 
     paths:           .jsonl, .json, .csv, .parquet and .arrow files, folders or glob patterns.
+    sources:         instead of paths, {path, weight} each: how many times an epoch takes what is there, see `mixture`;
+                     max_samples and val_fraction count for each source.
     val_paths:       the same, for validation; they are left out of `paths`, and `val_fraction` is unused.
     messages_key, role_key, content_key: where a record holds its messages, a message its role and its text; None for
                      what is recognised, see `conversations`.
@@ -53,7 +63,7 @@ class ChatDataModule(SequenceDataModule):
     def __init__(
         self,
         *,
-        paths: str | Path | Sequence[str | Path],
+        paths: str | Path | Sequence[str | Path] | None = None,
         val_paths: str | Path | Sequence[str | Path] | None = None,
         messages_key: str | None = None,
         role_key: str | None = None,
@@ -75,13 +85,16 @@ class ChatDataModule(SequenceDataModule):
         pin_memory: bool = False,
         cache_dir: str | Path | None = None,
         on_changed: str = "error",
+        sources: Sequence[Any] | None = None,
     ):
+        settings = {name: value for name, value in locals().items() if name not in ("self", "sources", "__class__")}
         for name, value, known in (
             ("train_on", train_on, ("all", "last")),
             ("too_long", too_long, ("drop", "truncate")),
         ):
             if value not in known:
                 raise DataError(f"data.{name}={value!r} is unknown. Set it to {known[0]!r} or {known[1]!r}.")
+        require_paths(paths, sources)
         super().__init__(
             tokenizer=tokenizer,
             eos_token=eos_token,
@@ -94,7 +107,9 @@ class ChatDataModule(SequenceDataModule):
             pin_memory=pin_memory,
             cache_dir=cache_dir,
             on_changed=on_changed,
+            sources=sources,
         )
+        self._settings = settings | {"tokenizer": self.tokenizer, "cache_dir": self.cache_dir}
         at_least(max_samples=(max_samples, 1))
         self.paths = as_list(paths)
         self.val_paths = as_list(val_paths)
@@ -111,6 +126,11 @@ class ChatDataModule(SequenceDataModule):
     def setup(self, stage: str | None = None) -> None:
         """Read, encode and pack both sets, once; every stage uses the same two."""
         if self.train_set is not None:
+            return
+        if self.sources:
+            self._mix(
+                [type(self)(**self._settings | {"paths": source.path}) for source in self.sources], self.val_paths
+            )
             return
         val_files = find_files(self.val_paths, setting="data.val_paths", skipped=self._others) if self.val_paths else []
         held_out = {file.path.resolve() for file in val_files}
@@ -258,6 +278,8 @@ class ChatDataModule(SequenceDataModule):
     def summary(self) -> str:
         """Samples, tokens, sequences and what was left out, a line a set; builds the sets if need be."""
         self.setup()
+        if self.sources:
+            return "\n".join(self._mixed_lines())
         marks = "marked by the template" if self.template.marks else "found in the rendered text"
         lines = [
             f"data: chat, tokenizer {self.tokenizer.name} ({self.vocab_size} ids), {self.train_on} assistant turns "
@@ -267,6 +289,7 @@ class ChatDataModule(SequenceDataModule):
             if dataset is None:
                 lines.append(f"  {name}: none")
                 continue
+            assert isinstance(dataset, SampleDataset)
             stream = dataset.stream
             filled = stream.num_tokens / (dataset.num_sequences * self.sequence_length)
             lines.append(

@@ -25,6 +25,7 @@ from typing_extensions import override
 
 from lightning_npu_tp import DataError
 from lit_models.data.cache import default_folder
+from lit_models.data.mixture import MixedSet, Mixture, Source
 from lit_models.data.order import EpochSampler
 from lit_models.data.position import PositionedLoader, count_batches_as_done, load_late_states
 from lit_models.data.source_files import SourceFile
@@ -37,7 +38,6 @@ Batch = dict[str, torch.Tensor]
 class SequenceSet(Protocol):
     """What the loaders need of a set of sequences; `PackedDataset` and `SampleDataset` are ones."""
 
-    stream: TokenStream
     num_sequences: int
 
     @property
@@ -56,6 +56,7 @@ class SequenceSet(Protocol):
 class SequenceDataModule(LightningDataModule):
     """Loaders over `train_set` and `val_set`, which a subclass makes in `setup` (None: not made, no validation).
 
+    sources:    what to mix, instead of paths: see `mixture`.
     cache_dir:  folder for token caches; "auto" for one in the user's cache; None keeps tokens in memory.
     on_changed: what a resumed run does whose data is not that of its checkpoint: "error", or "restart" the epoch.
 
@@ -79,8 +80,12 @@ class SequenceDataModule(LightningDataModule):
         pin_memory: bool,
         cache_dir: str | Path | None,
         on_changed: str,
+        sources: Sequence[Any] | None = None,
     ) -> None:
         super().__init__()
+        self.sources = [Source.of(entry, number) for number, entry in enumerate(sources or [])]
+        self._parts: list[Any] = []
+        self._mixture: Mixture | None = None
         if not 0 <= val_fraction < 1:
             raise DataError(
                 f"data.val_fraction={val_fraction} is not in [0, 1). Set it to a share such as 0.05, or 0 for none."
@@ -109,6 +114,35 @@ class SequenceDataModule(LightningDataModule):
         self._files = ""  # digest of the files' names and sizes
         self._content = ""  # digest of the training tokens
 
+    def _mix(self, parts: Sequence[SequenceDataModule], val_paths: Sequence[str]) -> None:
+        """Take the sets of these modules, one a source, as this one's."""
+        for number, part in enumerate(parts):
+            try:
+                part.setup("fit")
+            except DataError as error:
+                raise DataError(f"data.sources[{number}]: {error}") from error
+        sets = [part.train_set for part in parts]
+        self._parts = list(parts)
+        self.train_set = MixedSet(sets)
+        weights = [source.weight for source in self.sources]
+        self._mixture = Mixture([len(one) for one in sets], weights, seed=self.seed, shuffle=self.shuffle)  # type: ignore[arg-type]
+        validation = [part.val_set for part in parts if part.val_set is not None]
+        if val_paths:
+            # Each part has left these files out, and has them.
+            validation = validation[:1]
+        self.val_set = MixedSet(validation) if validation else None
+        self._files = digest([part._files for part in parts])
+        self._content = digest([part._content for part in parts])
+
+    def _mixed_lines(self) -> list[str]:
+        """What the summaries of the parts say, and what an epoch takes of each."""
+        assert self._mixture is not None
+        lines = [f"data: {len(self._parts)} sources, {self._mixture.size:,} sequences an epoch"]
+        for source, part, count in zip(self.sources, self._parts, self._mixture.counts, strict=True):
+            lines.append(f"{source.path}, weight {source.weight:g}: {count:,} sequences an epoch")
+            lines += part.summary().splitlines()[1:]
+        return lines
+
     @property
     def vocab_size(self) -> int:
         """Number of ids of the tokenizer: the least vocabulary that a model needs."""
@@ -126,7 +160,7 @@ class SequenceDataModule(LightningDataModule):
             "data.seed": self.seed,
             "data.shuffle": self.shuffle,
             "number of sequences": len(self.train_set),
-        }
+        } | ({"data.sources' weights": [source.weight for source in self.sources]} if self.sources else {})
 
     def _data_rank(self) -> tuple[int, int]:
         """(number of data ranks, this process's data rank), as the strategy says; (1, 0) without a trainer."""
@@ -139,9 +173,10 @@ class SequenceDataModule(LightningDataModule):
         self.setup("fit")
         assert self.train_set is not None
         replicas, rank = self._data_rank()
-        if len(self.train_set) < replicas * self.batch_size:
+        size = len(self.train_set) if self._mixture is None else self._mixture.size
+        if size < replicas * self.batch_size:
             raise DataError(
-                f"{len(self.train_set)} training sequences do not fill one batch of data.batch_size={self.batch_size} "
+                f"{size} training sequences do not fill one batch of data.batch_size={self.batch_size} "
                 f"on each of {replicas} data rank(s). Give more text, or lower data.batch_size or data.sequence_length "
                 f"({self.sequence_length})."
             )
@@ -152,6 +187,8 @@ class SequenceDataModule(LightningDataModule):
             batch_size=self.batch_size,
             shuffle=self.shuffle,
             seed=self.seed,
+            size=size,
+            indices_of=None if self._mixture is None else self._mixture.indices,
         )
         sampler.before_epoch = self._before_epoch
         return PositionedLoader(
@@ -217,6 +254,14 @@ def at_least(**settings: tuple[int | None, int]) -> None:
     for name, (value, least) in settings.items():
         if value is not None and value < least:
             raise DataError(f"data.{name}={value} is too small. Set it to {least} or more.")
+
+
+def require_paths(paths: Any, sources: Any) -> None:
+    """Raise DataError unless one of data.paths and data.sources is given."""
+    if paths and sources:
+        raise DataError("data.paths and data.sources are both set. Put the paths among the sources.")
+    if paths is None and not sources:
+        raise DataError("data.paths is empty. Give files, folders or glob patterns, or data.sources with weights.")
 
 
 def as_list(paths: str | Path | Sequence[str | Path] | None) -> list[str]:

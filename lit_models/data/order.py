@@ -9,6 +9,7 @@ a table of 1e9 sequences would cost each rank 4 GB, it is computed place by plac
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sized
+from functools import partial
 
 import numpy as np
 import torch
@@ -68,11 +69,23 @@ class EpochSampler(DistributedSampler):
     A DistributedSampler in name so that Lightning puts no sampler of its own in its place. The order's rest that does
     not fill one batch on every rank is left out.
 
+    indices_of:   (epoch, places) -> indices, for another order of `size` places than one of each sequence.
     start:        place in the order, over all data ranks, at which iterations begin that are asked for from now on.
     before_epoch: called by `set_epoch`, the last thing that Lightning does before it runs an epoch's batches.
     """
 
-    def __init__(self, dataset: Sized, *, num_replicas: int, rank: int, batch_size: int, shuffle: bool, seed: int):
+    def __init__(
+        self,
+        dataset: Sized,
+        *,
+        num_replicas: int,
+        rank: int,
+        batch_size: int,
+        shuffle: bool,
+        seed: int,
+        indices_of: Callable[[int, np.ndarray], np.ndarray] | None = None,
+        size: int | None = None,
+    ):
         super().__init__(
             dataset,  # type: ignore[arg-type]
             num_replicas=num_replicas,
@@ -82,7 +95,9 @@ class EpochSampler(DistributedSampler):
             drop_last=True,
         )
         self.samples_per_step = num_replicas * batch_size
-        self.num_steps = len(dataset) // self.samples_per_step
+        self._indices_of = indices_of
+        self.size = len(dataset) if size is None else size
+        self.num_steps = self.size // self.samples_per_step
         self.start = 0
         self.before_epoch: Callable[[], None] | None = None
 
@@ -104,9 +119,12 @@ class EpochSampler(DistributedSampler):
         return self._indices(self.start, self.epoch)
 
     def _indices(self, start: int, epoch: int) -> Iterator[int]:
-        size = len(self.dataset)  # type: ignore[arg-type]
-        order = Permutation(size, seed=self.seed, epoch=epoch) if self.shuffle else None
-        steps = (size - start) // self.samples_per_step
+        order: Callable[[np.ndarray], np.ndarray] | None = None
+        if self._indices_of is not None:
+            order = partial(self._indices_of, epoch)
+        elif self.shuffle:
+            order = Permutation(self.size, seed=self.seed, epoch=epoch)
+        steps = (self.size - start) // self.samples_per_step
         end = start + steps * self.samples_per_step
         for begin in range(start + self.rank, end, _CHUNK * self.num_replicas):
             places = np.arange(begin, min(end, begin + _CHUNK * self.num_replicas), self.num_replicas)

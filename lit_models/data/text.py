@@ -18,7 +18,15 @@ from lightning_npu_tp import DataError
 from lit_models.data.cache import open_or_build
 from lit_models.data.documents import Document, read_files, read_stdlib, split_point, stdlib_files
 from lit_models.data.encoding import Progress, Side, batches, cut_parts
-from lit_models.data.module import SequenceDataModule, as_list, at_least, digest, digest_of_files, digest_of_stream
+from lit_models.data.module import (
+    SequenceDataModule,
+    as_list,
+    at_least,
+    digest,
+    digest_of_files,
+    digest_of_stream,
+    require_paths,
+)
 from lit_models.data.packing import PackedDataset
 from lit_models.data.source_files import SourceFile, find_files
 from lit_models.data.streams import StreamBuilder, TokenStream, open_stream
@@ -30,7 +38,9 @@ class TextDataModule(SequenceDataModule):
 
     source:            "stdlib" (the running Python's own sources) or "text" (`paths`).
     paths:             .txt, .jsonl, .json, .csv, .parquet and .arrow files, folders or glob patterns; for "text" only.
-    val_paths:         the same, for validation; they are left out of `paths`, and `val_fraction` is unused.
+    sources:           instead of paths, {path, weight} each: how often an epoch takes what is there, see `mixture`;
+                       limits and val_fraction count for each source.
+    val_paths:         the same as paths, for validation; they are left out of `paths`, and `val_fraction` is unused.
     text_key:          key or column that holds the text.
     tokenizer:         None for bytes, the path of a Hugging Face tokenizer, or any `Tokenizer`.
     eos_token:         end token of a Hugging Face tokenizer whose files name none.
@@ -79,11 +89,17 @@ class TextDataModule(SequenceDataModule):
         include_tests: bool = False,
         cache_dir: str | Path | None = None,
         on_changed: str = "error",
+        sources: Sequence[Any] | None = None,
     ):
+        settings = {name: value for name, value in locals().items() if name not in ("self", "sources", "__class__")}
         if source not in ("stdlib", "text"):
             raise DataError(f"data.source={source!r} is unknown. Set it to 'stdlib' or 'text'.")
-        if source == "stdlib" and (paths or val_paths):
-            raise DataError("data.paths and data.val_paths need data.source=text, but it is 'stdlib'. Use data=text.")
+        if source == "stdlib" and (paths or val_paths or sources):
+            raise DataError(
+                "data.paths or data.sources and val_paths need data.source=text, but it is 'stdlib'. Use data=text."
+            )
+        if source == "text":
+            require_paths(paths, sources)
         super().__init__(
             tokenizer=tokenizer,
             eos_token=eos_token,
@@ -96,7 +112,9 @@ class TextDataModule(SequenceDataModule):
             pin_memory=pin_memory,
             cache_dir=cache_dir,
             on_changed=on_changed,
+            sources=sources,
         )
+        self._settings = settings | {"tokenizer": self.tokenizer, "cache_dir": self.cache_dir}
         at_least(
             max_documents=(max_documents, 1),
             max_tokens=(max_tokens, sequence_length),
@@ -122,6 +140,11 @@ class TextDataModule(SequenceDataModule):
     def setup(self, stage: str | None = None) -> None:
         """Read, encode and pack both sets, once; every stage uses the same two."""
         if self.train_set is not None:
+            return
+        if self.sources:
+            self._mix(
+                [type(self)(**self._settings | {"paths": source.path}) for source in self.sources], self.val_paths
+            )
             return
         files, val_files = self._find()
         self._files = digest_of_files(files)
@@ -281,6 +304,8 @@ class TextDataModule(SequenceDataModule):
     def summary(self) -> str:
         """Documents, tokens, sequences and what was left out, a line a set; builds the sets if need be."""
         self.setup()
+        if self.sources:
+            return "\n".join(self._mixed_lines())
         lines = [f"data: {self.source}, tokenizer {self.tokenizer.name} ({self.vocab_size} ids)"]
         for name, dataset in (("train", self.train_set), ("validation", self.val_set)):
             if dataset is None:

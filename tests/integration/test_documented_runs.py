@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -71,7 +72,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def with_files(word: str, files: dict[str, str]) -> str:
-    """`data.paths=[texts]` -> `data.paths=[FOLDER/texts]`; a name must be a whole value."""
+    """`data.paths=[texts]` -> `data.paths=[FOLDER/texts]`; a name must be a whole value, or that of `path:`."""
+    word = re.sub(r"(?<=\bpath: )[\w/]+", lambda found: files[found[0]], word)
     key, equals, value = word.rpartition("=")
     inner = value.strip("[]")
     return f"{key}{equals}{value.replace(inner, files[inner])}" if inner in files else word

@@ -109,6 +109,15 @@ def test_only_what_the_assistant_says_is_learnt_with_its_end(tmp_path, folder, t
     assert ("marked by the template" if template else "found in the rendered text") in data.summary()
 
 
+def test_sources_with_weights_are_conversations_too(tmp_path, folder):
+    paths = [write(tmp_path / f"{name}.jsonl", *[chat("hi", name)] * 6) for name in ("yes", "no")]
+    settings = {"tokenizer": folder, "sequence_length": 64, "pack": False, "val_fraction": 0}
+    data = ChatDataModule(sources=[{"path": paths[0], "weight": 2}, paths[1]], **settings)
+    dataset = data.train_dataloader().sampler
+    assert dataset.size == 18 and sum(index < 6 for index in dataset) == 12
+    assert data.summary().count("conversations read as") == 2
+
+
 @pytest.mark.parametrize("template", [None, MARKED])
 @pytest.mark.parametrize("flag", [{"train": False}, {"weight": 0}])
 def test_a_turn_can_be_left_out(tmp_path, folder, template, flag):
