@@ -16,6 +16,8 @@ from lightning_npu_tp.errors import DataError
 from lit_models.data.chat import ChatDataModule
 from lit_models.data.mixture import MixedSet, Mixture, Source
 from lit_models.data.order import EpochSampler
+from lit_models.data.packing import PackedDataset
+from lit_models.data.streams import TokenStream
 from lit_models.data.text import TextDataModule
 
 
@@ -46,9 +48,8 @@ def test_an_epoch_takes_from_each_source_what_its_weight_says_and_none_is_left_o
 
 
 def test_sources_that_are_alike_do_not_go_in_step() -> None:
-    mixture = Mixture([50, 50], [1, 1], seed=0, shuffle=True)
-    indices = epoch_of(mixture, 0)
-    assert [index for index in indices if index < 50] != [index - 50 for index in indices if index >= 50]
+    indices = epoch_of(Mixture([50, 50], [0.5, 0.5], seed=0, shuffle=True), 0)
+    assert {index for index in indices if index < 50} != {index - 50 for index in indices if index >= 50}
 
 
 def test_without_shuffling_the_sources_lie_end_to_end() -> None:
@@ -133,6 +134,11 @@ def test_a_blank_sequence_has_the_keys_of_the_others(tmp_path: Path) -> None:
     blank = rounded[len(rounded) - 1]
     assert (blank["labels"] == -100).all() and not blank["token_mask"].any()
     assert torch.equal(rounded[0]["input_ids"], data.val_set[0]["input_ids"]) and rounded[0]["token_mask"].any()
+    # Also where no set has padding of its own.
+    full = PackedDataset(TokenStream(np.arange(7), np.array([0])), sequence_length=4, pad_id=9)
+    assert "token_mask" not in MixedSet([full, full])[0]
+    rounded = MixedSet([full, full]).round_up(5)
+    assert [int(rounded[index]["token_mask"].sum()) for index in range(5)] == [4, 4, 4, 4, 0]
 
 
 @pytest.mark.parametrize(
