@@ -120,9 +120,7 @@ class MixedSet(ConcatDataset[dict[str, torch.Tensor]]):
         """This set with blank sequences (labels all -100) up to a multiple of `multiple`."""
         last = copy.copy(self.sets[-1])
         last.num_blank = -self.num_sequences % multiple
-        rounded = MixedSet([*self.sets[:-1], last])
-        rounded._has_mask = self._has_mask or last.num_blank > 0
-        return rounded
+        return MixedSet([*self.sets[:-1], last])
 
     @override
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
